@@ -1,0 +1,34 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11.
+PY ?= python3.11
+VENV ?= .venv
+EXTRAS ?= dev
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test check bench
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.stamp-$(EXTRAS)
+
+$(VENV)/.stamp-$(EXTRAS): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PY) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+bench:
+	$(MAKE) setup EXTRAS=dev,bench
+	$(BIN)/python scripts/bench/loss.py
+	$(BIN)/python scripts/bench/prepare.py
+	$(BIN)/python scripts/bench/save.py
+	$(BIN)/python scripts/bench/pretrain.py

@@ -1,0 +1,288 @@
+"""Rows -> batches of one rank, in an order that is a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmkit.config import UserError
+from llmkit.data.order import Mixture, Permutation, epoch_key
+from llmkit.data.packing import IGNORE, Rows, document_rows, n_dropped_tokens, n_packed_rows, packed_rows
+from llmkit.data.shards import TokenShards
+
+_PADDING = -1  # the source of a row that is all padding
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Micro-batch of B rows with T inputs each."""
+
+    ids_BT: Tensor
+    """int64."""
+    labels_BT: Tensor
+    """int64, the token after each input; -100: not trained."""
+    positions_BT: Tensor
+    """int64, within the document."""
+    docs_BT: Tensor
+    """int32, number of the document within its row, from 0; -1: padding."""
+    denominator: float
+    """How many labels are trained."""
+    one_document: bool = False
+    """Every row holds at most one document, so that plain causal attention isolates them."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; from pinned memory the copy runs beside what the GPU does."""
+        ids, labels, positions, docs = (
+            t.to(device, non_blocking=True) for t in (self.ids_BT, self.labels_BT, self.positions_BT, self.docs_BT)
+        )
+        return Batch(ids, labels, positions, docs, self.denominator, self.one_document)
+
+
+def _batch(rows: Rows, pin_memory: bool) -> Batch:
+    arrays = (rows.ids_BT, rows.labels_BT, rows.positions_BT, rows.docs_BT)
+    tensors = (torch.from_numpy(a) for a in arrays)
+    ids, labels, positions, docs = (t.pin_memory() if pin_memory else t for t in tensors)
+    return Batch(ids, labels, positions, docs, float(np.count_nonzero(rows.labels_BT != IGNORE)))
+
+
+class RowLoader:
+    """The rows of a weighted mixture of sources, cut into steps, ranks and micro-batches.
+
+    Row r of step k is sample k * rows_per_step + r of the run. The mixture says which source it comes from and the
+    how-many-th row of that source it is; the source's epoch and a permutation keyed by (seed, source, epoch) say which
+    row that is. Rank R of W takes the rows [R * rows / W, (R + 1) * rows / W). Nothing is remembered between steps, so
+    there is nothing to restore.
+
+    Args:
+        shards: the sources.
+        row_len: inputs of a row.
+        rows_per_step: rows of one optimizer step over all ranks.
+        weights: share of each source in the samples. Default: equal.
+        micro_rows: rows of one forward pass on one rank. Default: the rank's share of a step.
+        packing: rows of a stream; False: one document a row.
+        cross_document_attention: see `packed_rows`.
+        pin_memory: batches lie in pinned memory, for copies to a GPU.
+        prefetch: steps built ahead in a thread; 0: none, and no thread.
+
+    Raises:
+        UserError: the rows can't be shared out evenly, or a source has no rows.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[TokenShards],
+        *,
+        row_len: int,
+        rows_per_step: int,
+        pad_id: int,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        micro_rows: int | None = None,
+        packing: bool = True,
+        cross_document_attention: bool = False,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ):
+        self.row_len, self.rows_per_step = row_len, rows_per_step
+        self.micro_rows = micro_rows or max(1, rows_per_step // world)
+        _check_division(rows_per_step, world, self.micro_rows, row_len)
+        self._shards, self._seed, self._pad_id = list(shards), seed, pad_id
+        self._rank, self.world = rank, world
+        self._packing, self._cross = packing, cross_document_attention
+        self._pin_memory = pin_memory
+        self.n_rows = [n_packed_rows(s.n_tokens, row_len) if packing else s.n_docs for s in self._shards]
+        """Rows of one epoch of each source."""
+        for source, n in zip(self._shards, self.n_rows, strict=True):
+            if not n:
+                raise UserError(f"{source.name}: {source.n_tokens} tokens make no row: at least 2 are needed")
+        self._mixture = Mixture(weights or [1.0] * len(self._shards))
+        # One epoch's permutation is made of a few hashes; those of the current epochs are kept.
+        self._permutation: Callable[[int, int], Permutation] = lru_cache(64)(
+            lambda source, epoch: Permutation(self.n_rows[source], epoch_key(seed, source, epoch))
+        )
+        self._depth = prefetch
+        self._prefetcher: _Prefetcher | None = None
+        self._last = (-1, 0)
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def step(self, k: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step k, from 0. Steps in sequence are built ahead; any k will do."""
+        if not self._depth:
+            batches, tokens_hash = self._build(k)
+        else:
+            if self._prefetcher is None or self._prefetcher.next_step != k:
+                self.close()
+                self._prefetcher = _Prefetcher(self._build, k, self._depth)
+            try:
+                batches, tokens_hash = self._prefetcher.get()
+            except BaseException:
+                self.close()
+                raise
+        self._last = (k, tokens_hash)
+        return batches
+
+    def tokens_hash(self, k: int) -> int:
+        """Sum modulo 2**63 over this rank's rows of step k of a hash of (sample number, tokens).
+
+        The sum of it over ranks, again modulo 2**63, depends only on which samples the step holds.
+        """
+        return self._last[1] if self._last[0] == k else self._build(k)[1]
+
+    def epoch(self, k: int) -> float:
+        """How often the data has been seen when step k begins: samples drawn / rows of all sources together."""
+        return k * self.rows_per_step / sum(self.n_rows)
+
+    def epochs(self, k: int) -> list[float]:
+        """The same for each source."""
+        return [c / n for c, n in zip(self._mixture.counts(k * self.rows_per_step), self.n_rows, strict=True)]
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens of an epoch that no row holds; without packing, what lies beyond row_len of a document."""
+        return 0 if self._packing else sum(n_dropped_tokens(s, self.row_len) for s in self._shards)
+
+    def samples(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """This rank's rows of step k: their sample numbers, sources and rows within the source."""
+        share = self.rows_per_step // self.world
+        first = k * self.rows_per_step + self._rank * share
+        numbers = np.arange(first, first + share)
+        source, index = self._mixture.many(numbers)
+        epoch, row = np.divmod(index, np.array(self.n_rows)[source])
+        for s, e in set(zip(source.tolist(), epoch.tolist(), strict=True)):
+            here = (source == s) & (epoch == e)
+            row[here] = self._permutation(s, e).many(row[here])
+        return numbers, source, row
+
+    def _build(self, k: int) -> tuple[list[Batch], int]:
+        numbers, source, row = self.samples(k)
+        batches, tokens_hash = [], 0
+        for first in range(0, len(row), self.micro_rows):
+            part = slice(first, first + self.micro_rows)
+            batch, tokens = self._rows(source[part], row[part])
+            batches.append(batch)
+            for number, ids in zip(numbers[part].tolist(), tokens, strict=True):
+                data = number.to_bytes(8, "little") + ids.astype("<i4").tobytes()
+                tokens_hash += int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+        return batches, tokens_hash % (1 << 63)
+
+    def _rows(self, source: NDArray[np.int64], row: NDArray[np.int64]) -> tuple[Batch, list[NDArray[Any]]]:
+        """A micro-batch of rows of any sources, and each row's tokens without padding."""
+        if not self._packing:
+            empty = np.empty(0, np.int64)
+            documents = [
+                empty if s == _PADDING else self._shards[s].document(r)[: self.row_len + 1]
+                for s, r in zip(source.tolist(), row.tolist(), strict=True)
+            ]
+            return _batch(document_rows(documents, self.row_len, self._pad_id), self._pin_memory), documents
+        width = self.row_len + 1
+        windows = np.full((len(row), width), self._pad_id, np.int64)
+        is_start = np.zeros(windows.shape, np.bool_)
+        n_tokens = np.zeros(len(row), np.int64)
+        for s in np.unique(source[source != _PADDING]).tolist():
+            here = np.flatnonzero(source == s)
+            firsts = row[here] * self.row_len
+            windows[here], is_start[here] = self._shards[s].windows(firsts, width, self._pad_id)
+            n_tokens[here] = np.minimum(self._shards[s].n_tokens - firsts, width)
+        rows = packed_rows(windows, is_start, n_tokens, self._pad_id, self._cross)
+        return _batch(rows, self._pin_memory), [w[:n] for w, n in zip(windows, n_tokens.tolist(), strict=True)]
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def eval_batches(self, max_tokens: int | None = None) -> Iterator[Batch]:
+        """Every row of every source once, in order: this rank's share.
+
+        Every rank gets the same number of batches of the same number of rows; what is missing is padding, never a row
+        for the second time.
+
+        Args:
+            max_tokens: only the first rows that together hold about so many inputs.
+        """
+        offsets = np.cumsum([0, *self.n_rows])
+        total = int(offsets[-1])
+        if max_tokens is not None:
+            total = min(total, max(1, max_tokens // self.row_len))
+        first, last = (total * r // self.world for r in (self._rank, self._rank + 1))
+        most = -(-total // self.world)
+        for start in range(first, first + most, self.micro_rows):
+            numbers = np.arange(start, start + self.micro_rows)
+            source = np.searchsorted(offsets, numbers, "right") - 1
+            source[numbers >= last] = _PADDING
+            yield self._rows(source, numbers - offsets[source])[0]
+
+    # --- the thread --------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends the thread. A later step starts another."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_division(rows_per_step: int, world: int, micro_rows: int, row_len: int) -> None:
+    unit = world * micro_rows
+    if rows_per_step > 0 and rows_per_step % unit == 0:
+        return
+    below = rows_per_step // unit * unit
+    near = " or ".join(str(n * row_len) for n in (below, below + unit) if n > 0)
+    raise UserError(
+        f"batch.tokens_per_step: {rows_per_step} rows of {row_len} tokens can't be shared by {world} ranks with "
+        f"{micro_rows} rows a forward pass: set it to {near}, or change batch.micro_tokens"
+    )
+
+
+class _Prefetcher:
+    """Builds steps k, k + 1, ... in a thread, a bounded number ahead."""
+
+    def __init__(self, build: Callable[[int], Any], k: int, depth: int):
+        self.next_step = k
+        self._queue = queue.Queue[tuple[Any, BaseException | None]](depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(build, k), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _work(self, build: Callable[[int], Any], k: int) -> None:
+        while not self._stop.is_set():
+            item: tuple[Any, BaseException | None]
+            try:
+                item = (build(k), None)
+            except BaseException as e:
+                item = (None, e)
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if item[1] is not None:
+                return
+            k += 1
+
+    def get(self) -> Any:
+        item, error = self._queue.get()
+        if error is not None:
+            raise error
+        self.next_step += 1
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()

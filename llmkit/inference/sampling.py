@@ -1,0 +1,99 @@
+"""From logits to the next token: pure functions of logits, settings and one uniform number per row.
+
+Shapes: B rows, V the tokenizer's vocabulary. A model's logits may have more columns, because its embedding is rounded
+up to a multiple of 64; those belong to no token and are cut off before anything is normalised.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from llmkit.inference.config import SamplingConfig
+
+
+def row_seeds(seed: int, n: int) -> list[int]:
+    """Seeds of the rows 0..n-1 of one call. Pass a slice of them when rows are spread over batches or ranks."""
+    return [random.Random(f"{seed}/{i}").getrandbits(63) for i in range(n)]
+
+
+def log_probs(logits: Tensor, temperature: float, vocab_size: int) -> Tensor:
+    """log softmax(logits / temperature) over the tokenizer's vocabulary, [..., V] in fp32 or better.
+
+    It is the one distribution that sampler and trainer must share for a ratio of 1 (filters come after it and do not
+    count). Temperature 0 means greedy decoding: its log-probabilities are those at temperature 1.
+
+    Args:
+        logits: [..., V or more].
+        temperature: divides the logits.
+        vocab_size: the tokenizer's, V.
+    """
+    logits = logits[..., :vocab_size]
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def filtered(logprobs_BV: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Probabilities [B, V] with 0 for every token that the filters exclude; the rest is not renormalised.
+
+    Each filter is a threshold on the probability, so tied tokens share their fate and no sort has to order them.
+    """
+    probs_BV = logprobs_BV.exp()
+    V = probs_BV.shape[1]
+    k = sampling.top_k if 0 < sampling.top_k < V else V
+    if k == V and sampling.top_p == 1.0:
+        best_B1 = probs_BV.amax(-1, keepdim=True)
+    else:
+        # Tokens beyond the k-th that are tied with it are missing here; they would not move the threshold of top_p,
+        # which looks at more probable tokens only.
+        ranked_BK = probs_BV.topk(k).values
+        best_B1 = ranked_BK[:, :1]
+        probs_BV = probs_BV.where(probs_BV >= ranked_BK[:, -1:], 0.0)
+        if sampling.top_p < 1.0:
+            ranked_BK = ranked_BK.double()
+            before_BK = ranked_BK.cumsum(-1) - ranked_BK
+            total_B1 = probs_BV.sum(-1, keepdim=True, dtype=torch.float64)
+            n_kept_B1 = (before_BK < sampling.top_p * total_B1).sum(-1, keepdim=True).clamp(min=1)
+            smallest_B1 = ranked_BK.gather(1, n_kept_B1 - 1)
+            probs_BV = probs_BV.where(probs_BV >= smallest_B1, 0.0)
+    if sampling.min_p > 0.0:
+        probs_BV = probs_BV.where(probs_BV >= sampling.min_p * best_B1, 0.0)
+    return probs_BV
+
+
+def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """Inverts the cumulative distribution: the first token whose cumulated probability exceeds u, [B].
+
+    Args:
+        probs_BV: not negative, at least one positive per row; need not add up to 1.
+        uniforms_B: float64 in [0, 1), one number per row, so that a draw depends on nothing but its own row.
+    """
+    cumulated_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    total_B1 = cumulated_BV[:, -1:]
+    # Rounding may bring u * total up to the total itself, which no entry exceeds.
+    target_B1 = torch.minimum(uniforms_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    return torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]
+
+
+def sample(logits: Tensor, uniforms_B: Tensor, sampling: SamplingConfig, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Chooses one token per row.
+
+    Args:
+        logits: [B, V or more].
+        uniforms_B: float64 in [0, 1); unused when greedy.
+        sampling: temperature and filters.
+        vocab_size: the tokenizer's, V: ids from here on are never chosen.
+
+    Returns:
+        ids [B], and their log-probabilities [B] by `log_probs`: after the temperature, before the filters.
+    """
+    logprobs_BV = log_probs(logits, sampling.temperature, vocab_size)
+    if sampling.temperature == 0.0:
+        ids_B = logits[:, :vocab_size].argmax(-1)
+    else:
+        # A row of NaN has no valid draw: the clamp keeps the gather in range, and its NaN log-probability tells.
+        ids_B = draw(filtered(logprobs_BV, sampling), uniforms_B).clamp(max=vocab_size - 1)
+    return ids_B, logprobs_BV.gather(1, ids_B[:, None])[:, 0]

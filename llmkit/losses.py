@@ -1,0 +1,115 @@
+"""Losses: pure functions, tensors in, sums out. The engine divides once, by the count of the whole optimizer step.
+
+Shapes: N supervised positions, D width, V vocabulary, B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # label of a position that is not trained on
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """What a loss function hands the engine: sums over its micro-batch, not means.
+
+    `total` is differentiated; `parts` are detached sums that are shown, divided by the same denominator.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+# --- cross entropy over a vocabulary ----------------------------------------------------------------------------------
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradient in the forward pass, a chunk of positions at a time, so that [N, V] never exists."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, z_loss: float, chunk: int, train: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        ce, z = (torch.zeros((), dtype=torch.float64 if hidden_ND.device.type != "mps" else wide, device=hidden_ND.device) for _ in "ab")
+        grad_hidden_ND = torch.empty_like(hidden_ND) if train else None
+        # fp32, since it is a sum over chunks: in bf16 each addition would lose the small terms.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if train else None
+        for start in range(0, len(labels_N), chunk):
+            h_CD, y_C1 = hidden_ND[start : start + chunk], labels_N[start : start + chunk, None]
+            logits_CV = F.linear(h_CD, weight_VD).to(wide)
+            label_logit_C1 = logits_CV.gather(1, y_C1)
+            logp_CV = F.log_softmax(logits_CV, -1)
+            label_logp_C1 = logp_CV.gather(1, y_C1)
+            lse_C1 = label_logit_C1 - label_logp_C1
+            ce -= label_logp_C1.sum(dtype=ce.dtype)
+            z += lse_C1.square().sum(dtype=z.dtype)
+            if grad_hidden_ND is None or grad_weight_VD is None:
+                continue
+            grad_CV = logp_CV.exp_()  # softmax: d lse / d logits
+            if z_loss:
+                grad_CV *= 1 + 2 * z_loss * lse_C1
+            grad_CV.scatter_add_(1, y_C1, torch.full_like(label_logp_C1, -1.0))
+            grad_CV = grad_CV.to(hidden_ND.dtype)
+            torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + chunk])
+            if grad_weight_VD.dtype == grad_CV.dtype:
+                grad_weight_VD.addmm_(grad_CV.t(), h_CD)
+            else:
+                grad_weight_VD += grad_CV.t() @ h_CD
+        if train:
+            ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+        ctx.mark_non_differentiable(ce, z)
+        return (ce + z_loss * z).to(wide), ce, z
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+        return (
+            grad_hidden_ND.mul_(grad_total),
+            grad_weight_VD.mul_(grad_total).to(grad_hidden_ND.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight_VD: Tensor, labels: Tensor, z_loss: float = 0.0, chunk: int = 256
+) -> LossSum:
+    """Sum over supervised positions of -log softmax(hidden @ weight.T)[label] + z_loss * logsumexp(logits)^2.
+
+    Statistics are fp32 or better; memory is chunk x V, not N x V. Equal to `F.cross_entropy` on the full logits.
+    The z term is that of PaLM (arXiv 2204.02311). May be differentiated once.
+
+    Args:
+        hidden: [..., D] states after the final norm.
+        weight_VD: the output embedding.
+        labels: [...] int64, the id of the next token; IGNORE where nothing is trained.
+        z_loss: weight of the z term.
+        chunk: positions whose logits exist at once.
+
+    Returns:
+        total with both terms; parts `loss` (cross entropy alone, in nats) and, if z_loss is set, `z_loss`.
+    """
+    hidden_ND, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    keep = labels_N != IGNORE
+    if not keep.all():
+        hidden_ND, labels_N = hidden_ND[keep], labels_N[keep]
+    train = torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad)
+    total, ce, z = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, z_loss, chunk, train)
+    return LossSum(total, {"loss": ce, "z_loss": z_loss * z} if z_loss else {"loss": ce})
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> LossSum:
+    """Sum of (prediction - target)^2 / 2 over all elements, which must have one shape (no silent broadcasting)."""
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    total = (prediction - target).square().sum() / 2
+    return LossSum(total, {"loss": total.detach()})

@@ -1,0 +1,94 @@
+"""Cost model: parameters, FLOPs, memory and disk of a run, from its shape alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.model.config import GPTConfig
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+# Dense peak of the matrix units, TFLOP/s, from NVIDIA's data sheets (without sparsity); fp32 means TF32.
+_GPU_PEAK_TFLOPS = {
+    "B200": {"bf16": 2250, "fp16": 2250, "fp32": 1125},
+    "H200": {"bf16": 989, "fp16": 989, "fp32": 494},
+    "H100": {"bf16": 989, "fp16": 989, "fp32": 494},
+    "A100": {"bf16": 312, "fp16": 312, "fp32": 156},
+    "L40S": {"bf16": 362, "fp16": 362, "fp32": 183},
+    "4090": {"bf16": 165, "fp16": 165, "fp32": 82},
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs. Memory in bytes, work in floating-point operations."""
+
+    n_params: int
+    n_embedding_params: int
+    flops_per_token: float
+    state_bytes: int
+    activation_bytes: int
+    checkpoint_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.state_bytes + self.activation_bytes
+
+
+def count_params(model: GPTConfig) -> tuple[int, int]:
+    """(all parameters, those of the embeddings)."""
+    D, E, F = model.d_model, model.width_of_head, model.width_of_mlp
+    q, kv = model.n_heads * E, model.kv_heads * E
+    block = 2 * D * q + 2 * D * kv + 3 * D * F + 2 * D
+    block += (q + 2 * kv) * model.qkv_bias + D * model.o_bias + (2 * F + D) * model.mlp_bias + 2 * E * model.qk_norm
+    embedding = (model.vocab_size or 0) * D * (1 if model.tie_embeddings else 2)
+    return model.n_layers * block + embedding + D, embedding
+
+
+def flops_per_token(model: GPTConfig, seq_len: int) -> float:
+    """Forward and backward: 6 per weight that a token is multiplied with, and causal attention (PaLM, appendix B)."""
+    n_params, embedding = count_params(model)
+    multiplied = n_params - embedding + (model.vocab_size or 0) * model.d_model
+    attention = 12 * model.n_layers * model.n_heads * model.width_of_head * seq_len / 2
+    return 6 * multiplied + attention
+
+
+def cost_of(
+    model: GPTConfig, *, seq_len: int, micro_tokens: int, precision: str, optimizer: str, loss_chunk: int,
+    activation_checkpointing: bool, ema: bool,
+) -> Cost:  # fmt: skip
+    """The cost of training one replica.
+
+    Memory of the state is exact; that of activations counts the tensors autograd keeps per token and block in eager mode,
+    and is meant to be right within a third.
+    """
+    n_params, embedding = count_params(model)
+    width, wide = BYTES[precision], 8 if precision == "fp64" else 4
+    moments = {"adamw": 2, "muon": 1, "sgd": 0}[optimizer]
+    master = wide if width != wide else 0
+    per_param = width + master + wide * (1 + moments + ema)  # weights, master, gradient, optimizer, average
+    state = n_params * per_param
+    D, F, heads = model.d_model, model.width_of_mlp, (model.n_heads + 2 * model.kv_heads) * model.width_of_head
+    per_token = D * width if activation_checkpointing else (8 * D + 3 * heads + 4 * F) * width
+    activations = micro_tokens * model.n_layers * per_token + loss_chunk * (model.vocab_size or 0) * (width + 2 * wide)
+    checkpoint = n_params * (width + master + wide * (moments + ema))
+    return Cost(n_params, embedding, flops_per_token(model, seq_len), state, round(activations), checkpoint)
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that a utilisation is measured against: a GPU's data sheet, on a CPU a matrix product measured here and now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((1e12 * p[precision] for key, p in _GPU_PEAK_TFLOPS.items() if key in name and precision in p), None)
+    if device.type != "cpu":
+        return None
+    n, dtype = 1024, torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.ones(n, n, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,197 @@
+"""Saving and loading of a run's state, on `storage`'s folders.
+
+A save first copies every tensor into buffers that live as long as the run (the only time training waits for), then writes
+the files, in a thread if asked. At most one save is under way; an error in the thread is raised by the next call here.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkit.config import MachineError
+from llmkit.model.hf import read_tensors
+from llmkit.storage import Draft, machine_errors, retain, step_name, to_json, why
+
+MAX_SHARD_BYTES = 5_000_000_000
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+Tensors = dict[str, Tensor]
+
+
+def safetensors_chunks(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: no second copy in memory, and every write passes through `storage`.
+
+    Format: https://github.com/huggingface/safetensors#format. Tensors lie on the CPU.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, t in tensors.items():
+        start, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for t in tensors.values():
+        yield memoryview(t.contiguous().reshape(-1).view(torch.uint8).numpy()) if t.numel() else b""
+
+
+def shard(file: str, tensors: Tensors, limit: int = MAX_SHARD_BYTES) -> dict[str, Tensors]:
+    """Splits a model's tensors over files of at most `limit` bytes, named as Hugging Face does."""
+    bins: list[Tensors] = [{}]
+    filled = 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        if bins[-1] and filled + size > limit:
+            bins.append({})
+            filled = 0
+        bins[-1][name] = t
+        filled += size
+    if len(bins) == 1:
+        return {file: tensors}
+    stem = file.removesuffix(".safetensors")
+    return {f"{stem}-{i:05d}-of-{len(bins):05d}.safetensors": b for i, b in enumerate(bins, 1)}
+
+
+def index_of(shards: dict[str, Tensors]) -> bytes:
+    """`model.safetensors.index.json` of a model in several files."""
+    total = sum(t.numel() * t.element_size() for tensors in shards.values() for t in tensors.values())
+    names = {name: file for file, tensors in shards.items() for name in tensors}
+    return to_json({"metadata": {"total_size": total}, "weight_map": names}).encode()
+
+
+class Checkpointer:
+    """Writes a run's checkpoints and finds the newest good one. Only rank 0 has one that writes."""
+
+    def __init__(self, run: Path, keep: int, asynchronous: bool, before_commit: Callable[[], None] = lambda: None):
+        """
+        Args:
+            run: the run's folder.
+            keep: the newest checkpoints that stay; the best stays too if `save` names it.
+            asynchronous: write in a thread.
+            before_commit: called when the files are written: syncs the logs, so that no checkpoint is ahead of them.
+        """
+        self.run, self.keep, self.asynchronous, self.before_commit = run, keep, asynchronous, before_commit
+        self.blocked_s = 0.0  # how long the last call to `save` held up the caller
+        self._buffers: dict[str, Tensors] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def poll(self) -> None:
+        """Raises what a save in the background died of, if it did."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Waits for the save under way; raises its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def save(
+        self, step: int, tensors: dict[str, Tensors], blobs: dict[str, bytes], facts: dict[str, Any],
+        best: int | None = None, wait: bool = False,
+    ) -> None:  # fmt: skip
+        """Saves one checkpoint.
+
+        Args:
+            step: names the folder.
+            tensors: file name -> tensors, on any device; copied before this returns.
+            blobs: file name -> content of the small files.
+            facts: goes into the manifest.
+            best: a step whose checkpoint is kept whatever its age.
+            wait: returns only when the checkpoint is on disk.
+
+        Raises:
+            MachineError: no space, or a file operation failed. Older checkpoints are untouched, nothing is left over.
+        """
+        self.wait()
+        started = time.perf_counter()
+        self._snapshot(tensors)
+        if self.asynchronous and not wait:
+            self._thread = threading.Thread(target=self._write_safely, args=(step, blobs, facts, best), name="save")
+            self._thread.start()
+        else:
+            self._write(step, blobs, facts, best)
+        self.blocked_s = time.perf_counter() - started
+
+    @torch.no_grad()
+    def _snapshot(self, tensors: dict[str, Tensors]) -> None:
+        for file, source in tensors.items():
+            buffers = self._buffers.setdefault(file, {})
+            for name, t in source.items():
+                if name not in buffers:
+                    buffers[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.device.type == "cuda")
+                buffers[name].copy_(t, non_blocking=True)
+        if any(t.device.type == "cuda" for source in tensors.values() for t in source.values()):
+            torch.cuda.synchronize()
+
+    def _write_safely(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except BaseException as e:  # handed to the training thread, which raises it
+            self._error = e
+
+    def _write(self, step: int, blobs: dict[str, bytes], facts: dict[str, Any], best: int | None) -> None:
+        files = dict(self._buffers)
+        shards = shard("model.safetensors", files.pop("model.safetensors"))
+        if len(shards) > 1:
+            blobs = {**blobs, "model.safetensors.index.json": index_of(shards)}
+        files = {**shards, **files}
+        size = sum(len(b) for b in blobs.values()) + (1 << 16)
+        size += sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+        final = self.run / "checkpoints" / step_name(step)
+        draft: Draft | None = None
+        try:
+            draft = Draft(final, size)
+            for file, tensors in files.items():
+                draft.write(file, safetensors_chunks(tensors))
+            for file, content in blobs.items():
+                draft.write(file, [content])
+            self.before_commit()
+            draft.commit({**facts, "step": step})
+        except OSError as e:
+            if draft is not None:
+                draft.discard()
+            at, reason = e.filename or final, why(e, self.run)
+            raise MachineError(f"{at}: the checkpoint of step {step} ({size:,} bytes) could not be written: {reason}") from e
+        except MachineError:
+            if draft is not None:
+                draft.discard()
+            raise
+        with machine_errors(final.parent):
+            retain(self.run, self.keep, best)
+
+
+def non_finite(tensors: dict[str, Tensors]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    found = []
+    for file, named in tensors.items():
+        floats = [n for n, t in named.items() if t.is_floating_point() and t.numel()]
+        largest = torch._foreach_norm([named[n] for n in floats], float("inf")) if floats else []
+        finite = torch.stack([t.double() for t in largest]).isfinite().tolist() if floats else []
+        found += [f"{file}: {n}" for n, good in zip(floats, finite, strict=True) if not good]
+    return found
+
+
+def load(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """A verified checkpoint's tensors by file (a sharded model as one), and its state.json."""
+    tensors: dict[str, Tensors] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        name = file.relative_to(folder).as_posix()
+        group = "model.safetensors" if name.startswith("model-") else name
+        tensors.setdefault(group, {}).update(read_tensors(file))
+    return tensors, json.loads((folder / "trainer_state" / "state.json").read_bytes())
+
+

@@ -1,0 +1,171 @@
+"""What every training recipe says, whatever its stage. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llmkit.config import Config
+from llmkit.inference.config import SamplingConfig
+
+
+class BatchConfig(Config):
+    """Global sizes: what one optimizer step sees, over all ranks and micro-batches. Accumulation is derived."""
+
+    tokens_per_step: int = Field(16384, ge=1)
+    """Tokens of one optimizer step; with rows of a fixed length, a multiple of that length."""
+    micro_tokens: int | None = Field(None, ge=1)
+    """Most tokens of one forward pass on one rank. Default: min(8192, the rank's share). Changes memory, not results."""
+    max_len: int | None = Field(None, ge=2)
+    """Row length in tokens. Default: the model's max_seq_len."""
+
+
+class OptimConfig(Config):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """muon: Muon on the hidden matrices, AdamW on embeddings, head, norms and biases."""
+    lr: float = Field(1e-3, ge=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon, outside the root."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """SGD: default 0. Muon: default 0.95, with Nesterov."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled; on hidden matrices and an untied head only, never on embeddings, norms or biases."""
+    clip: float | None = Field(1.0, gt=0)
+    """Largest L2 norm of the gradient of one group; null: none."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After warm-up: flat, straight to the floor, half a cosine, or flat and then a decay (warm-up, stable, decay)."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of linear warm-up."""
+    warmup_frac: float | None = Field(None, ge=0, le=1)
+    """The same as a share of all steps. Default when neither is set: 0.01."""
+    min_lr_frac: float = Field(0.1, ge=0, le=1)
+    """Floor of the schedule as a share of lr."""
+    decay_frac: float = Field(0.2, gt=0, le=1)
+    """wsd: the share of all steps in which the rate decays."""
+    decay_shape: Literal["linear", "sqrt"] = "sqrt"
+    """wsd: straight, or 1 - sqrt(progress) (Haegele et al. 2024, arXiv 2405.18392)."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keeps an exponential moving average of the weights with this decay per step."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> OptimConfig:
+        if self.warmup_steps is not None and self.warmup_frac is not None:
+            raise ValueError("give warmup_steps or warmup_frac, not both")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must lie in [0, 1) (got {list(self.betas)})")
+        return self
+
+    def warmup(self, total_steps: int) -> int:
+        """Warm-up in steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((0.01 if self.warmup_frac is None else self.warmup_frac) * total_steps)
+
+
+class SampleConfig(SamplingConfig):
+    """Text the model writes at every evaluation, so that a person can watch it learn."""
+
+    prompts: tuple[str, ...] = ()
+    """One sample is written for each."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Length of a sample."""
+    temperature: float = Field(0.8, ge=0)
+    """0 is greedy."""
+
+
+class EvalConfig(Config):
+    """Evaluation in the loop."""
+
+    every: int | None = Field(250, ge=1)
+    """Steps between evaluations; also before the first and after the last step. null: never."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Evaluates on the first tokens only. Default: the whole split."""
+    patience: int | None = Field(None, ge=1)
+    """Stops after this many evaluations in a row without a better validation loss."""
+    min_delta: float = Field(0.0, ge=0)
+    """How much lower, in nats, counts as better."""
+    weights: Literal["model", "ema"] = "model"
+    """Which weights are evaluated."""
+    samples: SampleConfig = SampleConfig()
+    """Text written at every evaluation."""
+
+
+class SaveConfig(Config):
+    """Checkpoints."""
+
+    every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; the last step is always saved. Default: the evaluation's interval."""
+    keep: int = Field(3, ge=1)
+    """The newest checkpoints that stay."""
+    keep_best: bool = True
+    """The one with the best validation loss stays too."""
+    asynchronous: bool = True
+    """Files are written while training goes on."""
+
+
+class LogConfig(Config):
+    """What is shown and recorded."""
+
+    every: int = Field(10, ge=1)
+    """Steps between lines in the log; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Writes tensorboard/ where TensorBoard is installed."""
+    plot: bool = True
+    """Draws plots/loss.png at the end where Matplotlib is installed."""
+    profile_steps: tuple[int, int] | None = None
+    """Profiles steps [first, last) with torch.profiler into profile/."""
+
+
+class RunConfig(Config):
+    """What every stage's recipe shares."""
+
+    out: str = Field(min_length=1)
+    """The run's folder. Running the same recipe again resumes from its newest good checkpoint."""
+    init_from: str | None = None
+    """Old weights for a new run: a run, a checkpoint or a Hugging Face folder."""
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run; the schedule ends here."""
+    stop_at: int | None = Field(None, ge=1)
+    """Stops after this step for now, with a checkpoint; the schedule stays as it is."""
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds initial weights, data order, dropout and samples."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: the first of cuda, mps, cpu that is there."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """bf16: bf16 weights with an fp32 master copy. fp16: the same with a loss scale, on CUDA. fp64: for tests of exactness."""
+    compile: bool = False
+    """torch.compile of the forward and backward pass."""
+    activation_checkpointing: bool = False
+    """Recomputes each block in the backward pass: less memory, about a third more time."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the squared log-partition (PaLM, arXiv 2204.02311): keeps logits from drifting."""
+    loss_chunk: int = Field(256, ge=1)
+    """Tokens whose logits exist at once in the loss."""
+    allow_changes: bool = False
+    """On resume: goes on although the recipe differs from the one the run was started with."""
+
+    @model_validator(mode="after")
+    def _weights_exist(self) -> RunConfig:
+        if self.eval.weights == "ema" and self.optim.ema_decay is None:
+            raise ValueError("eval.weights is ema but optim.ema_decay is not set: no average is kept")
+        return self
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this process ends."""
+        return min(self.steps, self.stop_at or self.steps)
+
+    @property
+    def save_every(self) -> int | None:
+        return self.save.every or self.eval.every

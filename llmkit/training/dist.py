@@ -1,0 +1,134 @@
+"""The process group: the only file that reads RANK and WORLD_SIZE.
+
+With one process every method is a no-op, so callers never ask how many there are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmkit.config import MachineError, UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all of them, and the device it computes on."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    store: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Adds a tensor up over all ranks, in place: every rank gets the same bits."""
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """Adds numbers up over all ranks, in fp64 (fp32 on MPS, which has no fp64)."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return list(self.sum_(torch.tensor(numbers, dtype=dtype, device=self.device)).tolist()) if self.world > 1 else list(numbers)
+
+    def sum_hash(self, value: int) -> int:
+        """Adds 63-bit hashes up over all ranks, modulo 2^63."""
+        if self.world == 1:
+            return value % 2**63
+        parts = [value >> 32, value & 0xFFFFFFFF]  # two halves, so that the sum over ranks can't overflow
+        high, low = self.sum_(torch.tensor(parts, dtype=torch.int64, device=self.device)).tolist()
+        return ((high << 32) + low) % 2**63
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank; all ranks get the same answer and so act together."""
+        return bool(self.sum_(torch.tensor(int(flag), device=self.device)).item()) if self.world > 1 else flag
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value (JSON) on every rank."""
+        if self.world == 1:
+            return value
+        text = json.dumps(value).encode() if self.is_main else b""  # torch's own way for objects is pickle
+        size = self.sum_(torch.tensor(len(text), device=self.device))
+        data = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(data, src=0)
+        return json.loads(bytes(data.tolist()))
+
+    def main_first(self, name: str, work: Callable[[], Any], shared: type[Exception]) -> Any:
+        """Runs `work` on rank 0 and then, when it is done, on the others, which find its files ready.
+
+        The others wait at the store, not in a collective, so that hours of preparation run into no time limit. An
+        exception of the type `shared` on rank 0 is raised on all ranks; another one fails them.
+        """
+        if self.world == 1:
+            return work()
+        if self.is_main:
+            try:
+                result = work()
+            except BaseException as e:
+                self.store.set(name, "shared" if isinstance(e, shared) else "failed")
+                raise
+            self.store.set(name, "done")
+            return result
+        while not self.store.check([name]):
+            time.sleep(0.2)
+        outcome = self.store.get(name)
+        if outcome == b"shared":
+            raise shared(f"rank 0 said so in '{name}'")
+        if outcome != b"done":
+            raise MachineError(f"rank 0 failed in '{name}': see its message")
+        return work()
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device a recipe asks for. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device: cuda, but no CUDA device is visible: set device: auto, or check the driver")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} CUDA devices for local rank {local_rank}: start fewer processes per node")
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: mps, but it is not available: set device: auto")
+    return torch.device(name)
+
+
+def connect(device: str, timeout_s: float = 600.0) -> Ranks:
+    """Joins the process group that torchrun describes, or stays alone.
+
+    Args:
+        device: as in the recipe.
+        timeout_s: how long a collective may wait before the job is ended.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    picked = pick_device(device, local_rank)
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    if world == 1:
+        return Ranks(device=picked)
+    store, rank, world = next(iter(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=timeout_s))))
+    backend = "nccl" if picked.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
+    return Ranks(rank, world, local_rank, picked, dist.PrefixStore("llmkit", store))

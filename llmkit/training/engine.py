@@ -1,0 +1,233 @@
+"""Module + optimizer: the only place where gradients are made and applied.
+
+Weights may be kept twice: in the precision they are computed with, and as fp32 masters that the optimizer updates.
+Gradients of every micro-batch are added up in one flat fp32 buffer, which is summed over ranks as a whole: so the result
+depends neither on how a batch is cut nor on the order in which gradients become ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmkit.config import TrainingStopped, UserError
+from llmkit.losses import LossSum
+from llmkit.training.config import RunConfig
+from llmkit.training.dist import Ranks
+from llmkit.training.optim import Optimizer, learning_rate, load_named
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+Metrics = dict[str, float]
+
+
+class MicroBatch(Protocol):
+    """What the engine must know of a batch: its share of the denominator (see house rule: a loss is a sum)."""
+
+    @property
+    def denominator(self) -> float: ...
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+LossFn = Callable[[nn.Module, Any], LossSum]
+
+
+class NonFinite(TrainingStopped):
+    """Loss or gradient is NaN or infinite; nothing was updated. `tensors` names the parameters with such gradients."""
+
+    def __init__(self, step: int, metrics: Metrics, tensors: list[str], batches: Sequence[Any] = ()):
+        self.step, self.metrics, self.tensors, self.batches = step, metrics, tensors, batches
+        shown = ", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
+        super().__init__(
+            f"step {step}: "
+            + ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
+            + (f" in {shown}" if shown else "")
+        )
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory in the process. Fresh pages cost more than the arithmetic done on them."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: below 1 GiB allocate from the heap, which is reused
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: don't hand it back to the system
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed from a run's seed and what it is for: a pure function, so that nothing random need be saved."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+class Engine:
+    """Computes one optimizer step from micro-batches. Knows tensors and losses, no data and no stages."""
+
+    def __init__(self, module: nn.Module, config: RunConfig, ranks: Ranks | None = None):
+        """Takes over a module with its initial weights.
+
+        Args:
+            module: any module; parameters that require no gradient stay as they are.
+            config: precision, optimizer, seed and number of steps are read from it.
+            ranks: default: this process alone.
+        """
+        self.config = config
+        self.ranks = ranks or Ranks()
+        self.step = 0  # updates made so far
+        self.dtype = PRECISIONS[config.precision]
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.module = module.to(device=self.ranks.device, dtype=wide)
+        trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.masters = {n: p.detach() for n, p in trained.items()}
+        if self.dtype != wide:
+            self.masters = {n: t.clone() for n, t in self.masters.items()}
+            self.module.to(self.dtype)  # replaces the parameters' storage, not the parameters
+        self.parameters = trained
+        self.flat_grad = torch.zeros(sum(t.numel() for t in trained.values()), dtype=wide, device=self.ranks.device)
+        pieces = self.flat_grad.split([t.numel() for t in trained.values()])
+        self.grads = {n: g.view(p.shape) for (n, p), g in zip(trained.items(), pieces, strict=True)}
+        self._first = dict.fromkeys(trained, True)
+        for name, p in trained.items():
+            p.register_post_accumulate_grad_hook(self._collector(name))
+        self.optimizer = Optimizer(config.optim, self.masters, self.module)
+        self.ema = {n: t.clone() for n, t in self.masters.items()} if config.optim.ema_decay else {}
+        self.loss_scale, self.good_steps = (2.0**16 if config.precision == "fp16" else 1.0), 0
+
+    def _collector(self, name: str) -> Callable[[Tensor], None]:
+        """Moves a gradient into the flat buffer as soon as autograd has it, and frees it."""
+
+        def collect(p: Tensor) -> None:
+            assert p.grad is not None
+            if self._first[name]:
+                self.grads[name].copy_(p.grad)
+                self._first[name] = False
+            else:
+                self.grads[name].add_(p.grad)
+            p.grad = None
+
+        return collect
+
+    def update(
+        self, batches: Sequence[MicroBatch], loss_fn: LossFn, accept: Callable[[Metrics], bool] | None = None
+    ) -> Metrics:
+        """One optimizer step: forward and backward of every micro-batch, reduction over ranks, clip, update.
+
+        Args:
+            batches: this rank's micro-batches; those of all ranks together are the step's batch.
+            loss_fn: sums over a micro-batch (see `losses.LossSum`).
+            accept: sees the reduced metrics before anything changes; False leaves weights and optimizer untouched.
+
+        Returns:
+            `loss` (and the loss function's other parts) per unit of the denominator, `grad_norm` before the clip, `lr`,
+            and `denominator`.
+
+        Raises:
+            NonFinite: if loss or gradient is not finite on any rank: raised on all of them, before the update.
+            UserError: if nothing in the whole step is trained on.
+        """
+        (denominator,) = self.ranks.sum_numbers(sum(b.denominator for b in batches))
+        if denominator <= 0:
+            raise UserError(f"step {self.step + 1}: no position of the batch is trained on")
+        self._first = dict.fromkeys(self._first, True)
+        parts: dict[str, Tensor] = {}
+        self.module.train()
+        for i, batch in enumerate(batches):
+            # Dropout is a function of (seed, step, micro-batch, rank): a resumed run draws what it would have drawn.
+            torch.manual_seed(seed_of(self.config.seed, "dropout", self.step, i, self.ranks.rank))
+            out = loss_fn(self.module, batch.to(self.ranks.device))
+            (out.total * (self.loss_scale / denominator)).backward()
+            for name, value in out.parts.items():
+                parts[name] = parts[name] + value.double() if name in parts else value.double()
+        for name, untouched in self._first.items():
+            if untouched:  # no micro-batch of this rank reached the parameter
+                self.grads[name].zero_()
+        self.ranks.sum_(self.flat_grad)
+        sums = self.ranks.sum_numbers(*(v.item() for v in parts.values()))
+        metrics: Metrics = {name: s / denominator for name, s in zip(parts, sums, strict=True)}
+        metrics["grad_norm"] = torch.linalg.vector_norm(self.flat_grad).item() / self.loss_scale
+        metrics["lr"] = learning_rate(self.config.optim, self.step, self.config.steps)
+        metrics["denominator"] = denominator
+        if not all(math.isfinite(v) for v in metrics.values()):
+            if self.config.precision == "fp16" and math.isfinite(metrics["loss"]) and self.loss_scale > 1:
+                self.loss_scale, self.good_steps = self.loss_scale / 2, 0  # an overflow of the scaled gradient
+                return {**metrics, "grad_norm": 0.0, "overflow": 1.0, **self._finish_step()}
+            bad = [n for n, g in self.grads.items() if not g.isfinite().all()]
+            raise NonFinite(self.step + 1, metrics, bad, batches)
+        if accept is None or accept(metrics):
+            self._apply(metrics)
+        return {**metrics, **self._finish_step()}
+
+    def _apply(self, metrics: Metrics) -> None:
+        clip, norm = self.config.optim.clip, metrics["grad_norm"]
+        factor = (clip / norm if clip is not None and norm > clip else 1.0) / self.loss_scale
+        if factor != 1.0:
+            self.flat_grad.mul_(factor)
+        self.optimizer.step(self.grads, metrics["lr"])
+        self._publish()
+        if self.ema:
+            decay = self.config.optim.ema_decay or 0.0
+            torch._foreach_lerp_(list(self.ema.values()), list(self.masters.values()), 1 - decay)
+        self.good_steps += 1
+        if self.config.precision == "fp16" and self.good_steps % 2000 == 0:
+            self.loss_scale = min(self.loss_scale * 2, 2.0**24)
+
+    def _finish_step(self) -> Metrics:
+        self.step += 1
+        return {"loss_scale": self.loss_scale} if self.config.precision == "fp16" else {}
+
+    @torch.no_grad()
+    def _publish(self, weights: dict[str, Tensor] | None = None) -> None:
+        """Copies master weights (or others of the same names) into the module, where they are not the same tensors."""
+        weights = self.masters if weights is None else weights
+        if self.dtype != self.flat_grad.dtype or weights is not self.masters:
+            torch._foreach_copy_([self.parameters[n].data for n in weights], list(weights.values()))
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The module in evaluation mode without gradients, with the averaged weights if the recipe says so."""
+        use_ema = self.config.eval.weights == "ema"
+        kept = {n: p.detach().clone() for n, p in self.parameters.items()} if use_ema else {}
+        was_training = self.module.training
+        try:
+            if use_ema:
+                self._publish(self.ema)
+            self.module.eval()
+            with torch.no_grad():
+                yield self.module
+        finally:
+            self.module.train(was_training)
+            if use_ema:
+                self._publish(kept)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that changes during training, by file: views, to be copied before the next update."""
+        files = {"model.safetensors": dict(self.module.named_parameters())}
+        files["trainer_state/optimizer.safetensors"] = self.optimizer.state_dict()
+        if self.dtype != self.flat_grad.dtype:
+            files["trainer_state/master.safetensors"] = self.masters
+        if self.ema:
+            files["trainer_state/ema.safetensors"] = self.ema
+        return {file: {n: t.detach() for n, t in tensors.items()} for file, tensors in files.items()}
+
+    def state(self) -> dict[str, Any]:
+        """The numbers that change during training."""
+        return {"step": self.step, "loss_scale": self.loss_scale, "good_steps": self.good_steps}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Puts back what `tensors` and `state` gave. Raises ValueError on any difference in names or shapes."""
+        own = self.tensors()
+        if odd := sorted(own.keys() ^ tensors.keys()):
+            raise ValueError(f"{odd[0]}: in {'this run' if odd[0] in own else 'the checkpoint'} only")
+        for file, mine in own.items():
+            load_named(mine, tensors[file], file)
+        self.step, self.loss_scale, self.good_steps = state["step"], state["loss_scale"], state["good_steps"]

@@ -1,0 +1,486 @@
+"""The one loop: resume, save if due, evaluate if due, stop if asked, step, log. Every stage is a `Task` to it.
+
+A checkpoint is begun before the evaluation of the same step: it is written while that runs, and a run that dies in a
+long evaluation, or is told to stop there, has lost nothing and evaluates again, with the same result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from llmkit.config import UserError, dump, flatten
+from llmkit.data.workers import Interrupted
+from llmkit.plan import peak_flops
+from llmkit.storage import (
+    checkpoints_of,
+    machine_errors,
+    newest_good,
+    replace_file,
+    require_free,
+    run_lock,
+    set_aside,
+    sweep,
+    to_json,
+    write_file,
+)
+from llmkit.training import checkpoint
+from llmkit.training.checkpoint import Checkpointer, safetensors_chunks
+from llmkit.training.config import RunConfig
+from llmkit.training.dist import Ranks, connect
+from llmkit.training.engine import Engine, Metrics, NonFinite, keep_freed_memory
+from llmkit.training.log import RunLog, plot_curves
+from llmkit.training.optim import tensor_bytes
+
+# Keys that may differ on resume without a word: they change neither the samples nor what is optimised.
+_FREE_KEYS = ("out", "stop_at", "allow_changes", "save.", "log.", "eval.samples.", "data.workers", "data.cache_dir")
+
+
+class Outcome(Enum):
+    """How `train` ended."""
+
+    FINISHED = "finished"
+    PAUSED = "paused"  # stop_at was reached
+    PREEMPTED = "preempted"  # a signal; the state is saved
+
+
+class Stop:
+    """Set by SIGTERM, SIGINT and SIGUSR1. Signals only set it: whoever works looks at it where it is safe to stop."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        def note(number: int, _: Any) -> None:
+            self.signal = signal.Signals(number).name
+
+        old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a task may use of its surroundings."""
+
+    config: RunConfig
+    out: Path
+    ranks: Ranks
+    log: RunLog
+    stop: Stop
+
+    def should_stop(self) -> bool:
+        """Whether this process was asked to stop. Cheap; poll it in long work that is done by one rank."""
+        return bool(self.stop)
+
+    def all_should_stop(self) -> bool:
+        """Whether any rank was asked to stop. A collective: all ranks call it at the same point."""
+        return self.ranks.any(bool(self.stop))
+
+
+class Task(Protocol):
+    """What a stage is to the loop."""
+
+    flops_per_token: float
+
+    def prepare(self, ctx: Context) -> None:
+        """Long work before step 1: idempotent, resumable; raises Interrupted if asked to stop."""
+
+    def build(self, ctx: Context) -> nn.Module:
+        """The module with its initial weights."""
+
+    def step(self, engine: Engine, ctx: Context) -> Metrics:
+        """One unit of progress."""
+
+    def evaluate(self, engine: Engine, ctx: Context, split: str) -> Metrics | None:
+        """Metrics of a split ("valid" or "test"); empty if there is none; None if it was asked to stop."""
+
+    def files(self, engine: Engine) -> dict[str, bytes]:
+        """The small files that make a checkpoint a model: config.json, tokenizer and model card."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest should tell of the data: fingerprints and hashes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The task's own state, JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """What the loop itself must remember across a restart."""
+
+    evaluated_step: int = -1
+    last_loss: float | None = None
+    best_loss: float | None = None  # of all evaluations, for early stopping
+    bad_evals: int = 0
+    best_saved_loss: float | None = None  # of evaluations at steps that have a checkpoint by the recipe
+    best_saved_step: int | None = None
+    tokens: float = 0.0
+    parents: list[str] = field(default_factory=list)
+
+
+def train(config: RunConfig, task: Task) -> Outcome:
+    """Runs a recipe from where its folder stands to its end, and says how it ended.
+
+    Raises:
+        UserError: for a mistake in the recipe or the data.
+        MachineError: for a full disk and the like.
+        NonFinite: when training stopped itself; the batch lies in `nonfinite/`.
+    """
+    out, stop = Path(config.out), Stop()
+    with stop.listening(), machine_errors(out):
+        ranks = connect(config.device)
+        try:
+            with run_lock(out) if ranks.is_main else contextlib.nullcontext():
+                # Rank 0 looks and tells: the others might look after it has written.
+                looked = (_changed_keys(config, out), (out / "DONE").is_file()) if ranks.is_main else None
+                changed, done = ranks.from_main(looked)
+                if done and not changed:
+                    if ranks.is_main:
+                        print(f"{out}: this run is finished: nothing to do")
+                    return Outcome.FINISHED
+                log = RunLog(out, ranks.is_main, config.log.tensorboard)
+                try:
+                    return _Run(config, task, Context(config, out, ranks, log, stop)).go(changed)
+                finally:
+                    log.close()
+        finally:
+            ranks.close()
+
+
+def _changed_keys(config: RunConfig, out: Path) -> list[str]:
+    """What differs from the recipe the run was started with, one `key: old -> new` each."""
+    file = out / "recipe.yaml"
+    if not file.is_file():
+        return []
+    old, new = flatten(yaml.safe_load(file.read_text("utf-8"))), flatten(yaml.safe_load(dump(config)))
+    differ = [k for k in {**old, **new} if old.get(k) != new.get(k) and not f"{k}.".startswith(_FREE_KEYS)]
+    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in differ]
+
+
+class _Run:
+    """One start of a run: the loop and what it holds."""
+
+    def __init__(self, config: RunConfig, task: Task, ctx: Context):
+        self.config, self.task, self.ctx = config, task, ctx
+        self.log, self.ranks, self.out = ctx.log, ctx.ranks, ctx.out
+        self.progress = Progress()
+        self.saver = Checkpointer(self.out, config.save.keep, config.save.asynchronous, self.log.sync)
+        self.saved_step = -1
+
+    def go(self, changed: list[str]) -> Outcome:
+        self._check_recipe(changed)
+        keep_freed_memory()
+        interrupted = False
+        try:
+            self.ranks.main_first("prepare", lambda: self.task.prepare(self.ctx), Interrupted)
+        except Interrupted:
+            interrupted = True
+        if self.ranks.any(interrupted):
+            self._mark("PREEMPTED")
+            self.log.say(f"stopped by {self._signal} while the data was being prepared: start again to go on")
+            return Outcome.PREEMPTED
+        module = self.task.build(self.ctx)
+        if self.config.compile:
+            module.compile()
+        self.engine = Engine(module, self.config, self.ranks)
+        self._resume()
+        if self.ranks.is_main:
+            state = sum(tensor_bytes(t.values()) for t in self.engine.tensors().values())
+            require_free(self.out, state + (1 << 20))
+        try:
+            outcome = self._loop()
+            self.saver.wait()
+        except BaseException as e:
+            with contextlib.suppress(Exception):  # the error on its way is the one to show
+                self.saver.wait()
+            if isinstance(e, NonFinite):
+                self._dump(e)
+            raise
+        return self._finish(outcome)
+
+    # --- before the first step -------------------------------------------------------------------------------------
+
+    def _check_recipe(self, changed: list[str]) -> None:
+        started = bool(checkpoints_of(self.out))
+        if changed and started and not self.config.allow_changes:
+            raise UserError(
+                "\n".join(
+                    [f"{self.out}: the run was started with another recipe:", *(f"  {c}" for c in changed)]
+                    + ["put it back, choose another `out`, or allow it with allow_changes=true"]
+                )
+            )
+        if not self.ranks.is_main:
+            return
+        for line in changed if started else ():
+            self.log.say(f"recipe changed: {line}")
+        sweep(self.out)
+        for name in ("DONE", "PREEMPTED"):
+            (self.out / name).unlink(missing_ok=True)
+        replace_file(self.out / "recipe.yaml", dump(self.config))
+        for line in self._note_environment() if started else ():
+            self.log.say(f"warning: environment changed: {line}: the last bits of results may differ")
+
+    def _note_environment(self) -> list[str]:
+        """Keeps what the run is computed with; returns what is not as it was at the last start."""
+        file, now = self.out / "environment.json", environment(self.ranks)
+        before = {}
+        with contextlib.suppress(OSError, ValueError):
+            before = flatten(json.loads(file.read_bytes()))
+        replace_file(file, to_json(now))
+        told = flatten(now)
+        keys = [k for k in before if k != "world_size" and before[k] != told.get(k)]  # _resume tells of another world
+        return [f"{k}: {before[k]} -> {told.get(k)}" for k in keys]
+
+    def _resume(self) -> None:
+        good, passed_over = newest_good(self.out) if self.ranks.is_main else (None, {})
+        for sentence in passed_over.values():
+            self.log.say(f"warning: {sentence}")
+        name, none_holds = self.ranks.from_main((good and good.name, bool(passed_over) and good is None))
+        if name is None:
+            if none_holds:
+                raise UserError(f"{self.out}: no checkpoint of this run holds: choose another `out` to start anew")
+            self.log.cut({})
+            return
+        for damaged in passed_over:
+            self.log.say(f"{damaged} is now {set_aside(damaged).name}")
+        folder = self.out / "checkpoints" / name
+        tensors, state = checkpoint.load(folder)
+        try:
+            self.engine.load(tensors, state["engine"])
+        except ValueError as e:
+            raise UserError(f"{folder}: does not fit this recipe: {e}") from None
+        self.task.load_state_dict(state["task"])
+        self.progress = Progress(**state["progress"])
+        self.log.cut(state["log"])
+        self.saved_step = self.engine.step
+        self.log.say(f"resumed from {folder}")
+        if state["world"] != self.ranks.world:
+            self.log.say(
+                f"started on {state['world']} ranks, now {self.ranks.world}: the same samples in the same order, "
+                "equal up to the rounding of sums"
+            )
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> Outcome:
+        config, engine = self.config, self.engine
+        meter = _Meter(self, peak_flops(self.ranks.device, config.precision))
+        self.log.start_bar(engine.step, config.steps)
+        with contextlib.ExitStack() as profiling:
+            while True:
+                if self._save_due():
+                    self._save()
+                evaluated = self._evaluate_if_due()
+                stopping = not evaluated or self.ctx.all_should_stop()
+                finished = engine.step >= config.steps or self._plateau()
+                paused = engine.step >= config.last_step
+                if finished or paused or stopping:
+                    self._save()
+                self.saver.poll()
+                if finished:
+                    return Outcome.FINISHED
+                if stopping:
+                    return Outcome.PREEMPTED
+                if paused:
+                    return Outcome.PAUSED
+                self._profile(profiling)
+                metrics = self.task.step(engine, self.ctx)
+                self.progress.tokens += metrics["denominator"]
+                self.log.metrics({"step": engine.step, **{f"train/{k}": v for k, v in metrics.items()}})
+                meter.step(metrics)
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates where the recipe says so. False if a signal cut it short: it is then done again on resume."""
+        step, every = self.engine.step, self.config.eval.every
+        due = every is not None and (step % every == 0 or step == self.config.steps)
+        if not due or self.progress.evaluated_step == step:
+            return True
+        metrics = self.task.evaluate(self.engine, self.ctx, "valid")
+        if metrics is None:
+            return False
+        self.progress.evaluated_step = step
+        if not metrics:
+            return True
+        self._record_evaluation(metrics)
+        loss, progress = metrics["valid/loss"], self.progress
+        progress.last_loss = loss
+        if self._save_due() and (progress.best_saved_loss is None or loss < progress.best_saved_loss):
+            progress.best_saved_loss, progress.best_saved_step = loss, step
+        if progress.best_loss is None or loss < progress.best_loss - self.config.eval.min_delta:
+            progress.best_loss, progress.bad_evals = loss, 0
+        else:
+            progress.bad_evals += 1
+        return True
+
+    def _record_evaluation(self, metrics: Metrics) -> None:
+        if not all(math.isfinite(v) for v in metrics.values()):
+            raise NonFinite(self.engine.step, metrics, [])
+        self.log.metrics({"step": self.engine.step, **metrics})
+        self.log.say(f"step {self.engine.step:6d} | " + " | ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def _plateau(self) -> bool:
+        patience = self.config.eval.patience
+        return patience is not None and self.progress.bad_evals >= patience
+
+    def _save_due(self) -> bool:
+        """Whether the recipe asks for a checkpoint here: a function of the step alone, whatever the run has been through."""
+        step, every = self.engine.step, self.config.save_every
+        return step == self.config.steps or (every is not None and step % every == 0 and step > 0)
+
+    def _save(self) -> None:
+        """Begins a checkpoint of this step, unless there is one or no step was made."""
+        step, progress = self.engine.step, self.progress
+        if step in (0, self.saved_step):
+            return
+        if bad := checkpoint.non_finite(self.engine.tensors()):
+            raise NonFinite(step, {"weights": math.nan}, bad)
+        self.saved_step = step
+        if not self.ranks.is_main:
+            return
+        state = {
+            "engine": self.engine.state(),
+            "task": self.task.state_dict(),
+            "progress": asdict(progress),
+            "log": self.log.lengths(),
+            "world": self.ranks.world,
+        }
+        blobs = {**self.task.files(self.engine), "trainer_state/state.json": to_json(state).encode()}
+        facts = {"world_size": self.ranks.world, "run": self.out.name, "recipe": flatten(json.loads(self.config.model_dump_json()))}
+        best = progress.best_saved_step if self.config.save.keep_best else None
+        self.saver.save(step, self.engine.tensors(), blobs, {**facts, **self.task.facts()}, best)
+        self.log.timing({"step": step, "save_blocked_s": round(self.saver.blocked_s, 4)})
+
+    def _profile(self, stack: contextlib.ExitStack) -> None:
+        steps = self.config.log.profile_steps
+        if steps is None or not self.ranks.is_main:
+            return
+        if self.engine.step == steps[0]:
+            folder = self.out / "profile"
+            folder.mkdir(exist_ok=True)
+
+            def export(profile: Any) -> None:
+                profile.export_chrome_trace(str(folder / f"steps-{steps[0]}-{steps[1]}.json"))
+                table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+                (folder / "table.txt").write_text(table, "utf-8")
+
+            stack.enter_context(torch.profiler.profile(record_shapes=True, on_trace_ready=export))
+        elif self.engine.step == steps[1]:
+            stack.close()
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def _finish(self, outcome: Outcome) -> Outcome:
+        step = self.engine.step
+        if outcome is Outcome.FINISHED:
+            metrics = self.task.evaluate(self.engine, self.ctx, "test")
+            if metrics is None:
+                outcome = Outcome.PREEMPTED  # the final checkpoint stands; the test is scored on the next start
+            elif metrics:
+                self._record_evaluation(metrics)
+        if outcome is Outcome.PREEMPTED:
+            self._mark("PREEMPTED")
+            self.log.say(f"stopped by {self._signal} at step {step}, saved: start again to go on")
+        elif outcome is Outcome.PAUSED:
+            self.log.say(f"stop_at: step {step} of {self.config.steps}, saved")
+        elif self.ranks.is_main:
+            if self._plateau():
+                self.log.say(f"no better validation loss in {self.progress.bad_evals} evaluations: stopped at step {step}")
+            self.log.sync()
+            self._mark("DONE", {"step": step, "best_valid_loss": self.progress.best_loss})
+        if self.ranks.is_main and self.config.log.plot and outcome is not Outcome.PREEMPTED:
+            plot_curves(self.out, self.out.name)
+        return outcome
+
+    @property
+    def _signal(self) -> str:
+        return self.ctx.stop.signal or "a signal to another rank"
+
+    def _mark(self, name: str, content: dict[str, Any] | None = None) -> None:
+        if self.ranks.is_main:
+            replace_file(self.out / name, to_json(content or {}))
+
+    def _dump(self, error: NonFinite) -> None:
+        """Keeps the batch that did it, each rank its own part."""
+        folder = self.out / "nonfinite"
+        folder.mkdir(exist_ok=True)
+        stem = f"step-{error.step:08d}-rank{self.ranks.rank}"
+        tensors = {
+            f"{i}.{name}": t.detach().cpu()
+            for i, batch in enumerate(error.batches)
+            for name, t in vars(batch).items()
+            if isinstance(t, Tensor)
+        }
+        write_file(folder / f"{stem}.safetensors", safetensors_chunks(tensors))
+        told = {"step": error.step, "metrics": {k: str(v) for k, v in error.metrics.items()}, "tensors": error.tensors}
+        write_file(folder / f"{stem}.json", [to_json(told).encode()])
+        self.log.say(f"{error}; the batch is kept in {folder}")
+
+
+class _Meter:
+    """Speed: shown on the live line, written to timing.jsonl and as plain lines every `log.every` steps."""
+
+    def __init__(self, run: _Run, peak: float | None):
+        self.run, self.peak = run, peak
+        self.started, self.tokens, self.steps = time.perf_counter(), 0.0, 0
+
+    def step(self, metrics: Metrics) -> None:
+        run, step = self.run, self.run.engine.step
+        self.tokens += metrics["denominator"]
+        self.steps += 1
+        line = f"loss {metrics['loss']:.4f}"
+        if step % run.config.log.every == 0 or step == run.config.last_step:
+            seconds = time.perf_counter() - self.started
+            speed = self.tokens / seconds
+            record = {"step": step, "step_s": seconds / self.steps, "tokens_per_s": speed}
+            eta = (run.config.last_step - step) * seconds / self.steps
+            line += f" | norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | {speed:,.0f} tok/s"
+            if self.peak and run.task.flops_per_token:
+                record["mfu_pct"] = 100 * speed * run.task.flops_per_token / (self.peak * run.ranks.world)
+                line += f" | MFU {record['mfu_pct']:.1f} %"
+            run.log.timing(record)
+            if run.log.bar is None:
+                run.log.say(f"step {step:6d} | {line} | ETA {eta:.0f} s")
+            self.started, self.tokens, self.steps = time.perf_counter(), 0.0, 0
+        run.log.advance(line)
+
+
+def environment(ranks: Ranks) -> dict[str, Any]:
+    """What the run was made with, for those who must make it again."""
+    packages = {}
+    for name in ("llmkit", "torch", "numpy", "tokenizers", "tiktoken", "datasets", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(ranks.device),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "world_size": ranks.world,
+    }
+
