@@ -37,6 +37,10 @@ class MachineError(RuntimeError):
     """Something outside the recipe failed, such as a full disk: shown in one sentence; the command exits with code 1."""
 
 
+class Interrupted(Exception):
+    """Long work was stopped by a signal at a safe point; what it had finished is kept, and the next start goes on."""
+
+
 class TrainingStopped(RuntimeError):
     """Training ended itself for a stated reason, before harm was done; the command exits with code 3."""
 
@@ -91,8 +95,16 @@ for _tag, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in (*_SCALARS, "str", "seq", "map")}
+_MAX_DIGITS = 300  # more than any number needs, and far below what Python refuses to read
+
+
 def _check(node: yaml.Node, file: str, depth: int = 0, budget: list[int] | None = None) -> None:
-    """Refuses duplicate keys, keys that aren't text, deep nesting and alias bombs, naming file and line."""
+    """Refuses what no recipe needs, naming file and line.
+
+    That is: duplicate keys, keys that aren't text, foreign tags, deep nesting, alias bombs, endless numbers, and text
+    that can be neither a path nor UTF-8.
+    """
     budget = [MAX_NODES] if budget is None else budget
     budget[0] -= 1
     at = f"{file}:{node.start_mark.line + 1}"
@@ -100,7 +112,11 @@ def _check(node: yaml.Node, file: str, depth: int = 0, budget: list[int] | None 
         raise UserError(f"{at}: more than {MAX_NODES} values once aliases are expanded: write them out or drop some")
     if depth > MAX_DEPTH:
         raise UserError(f"{at}: nested more than {MAX_DEPTH} levels deep")
-    if isinstance(node, yaml.MappingNode):
+    if node.tag not in _TAGS:
+        raise UserError(f"{at}: {node.tag.replace('tag:yaml.org,2002:', '!!')}: only plain values are read: quote it")
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, at)
+    elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             line = f"{file}:{key.start_mark.line + 1}"
@@ -112,16 +128,34 @@ def _check(node: yaml.Node, file: str, depth: int = 0, budget: list[int] | None 
             if key.value in seen:
                 raise UserError(f"{line}: duplicate key '{key.value}'")
             seen.add(key.value)
+            _check_scalar(key, line)
             _check(value, file, depth + 1, budget)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _check(value, file, depth + 1, budget)
 
 
+def _check_scalar(node: yaml.ScalarNode, at: str) -> None:
+    for character in node.value:
+        if character == "\0" or "\ud800" <= character <= "\udfff":
+            what = "a NUL character" if character == "\0" else "half of a surrogate pair"
+            raise UserError(f"{at}: {what} is no text (got {_brief(node.value)})")
+    kind = node.tag.rpartition(":")[2]
+    patterns = {**{k: v[0] for k, v in _SCALARS.items()}, "float": f"{_SCALARS['float'][0]}|{_SCALARS['int'][0]}"}
+    if kind in patterns and not re.fullmatch(patterns[kind], node.value):  # only a tag can claim so: `!!int x`
+        raise UserError(f"{at}: not of the type that its tag !!{kind} says (got {_brief(node.value)})")
+    if kind in ("int", "float") and len(node.value) > _MAX_DIGITS:
+        raise UserError(f"{at}: a number of {len(node.value)} digits: at most {_MAX_DIGITS} are read")
+
+
 def _lines(node: yaml.Node, file: str, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    """Every key path of a checked node with its `file:line`."""
+    """Every key path of a checked node with its `file:line`; of a key that stands twice, the last one counts."""
     yield path, f"{file}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # of several merged mappings the first wins, but own keys win over all
+                merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                yield from (line for one in reversed(merged) for line in _lines(one, file, path) if line[0] != path)
         for key, value in node.value:
             yield from _lines(value, file, (*path, key.value))
             yield (*path, key.value), f"{file}:{key.start_mark.line + 1}"
@@ -146,10 +180,6 @@ def parse_yaml(text: str, name: str = "<text>") -> tuple[Any, Where]:
         raise UserError(f"{name}: not YAML: {' '.join(str(e).split())}") from None
     except RecursionError:
         raise UserError(f"{name}: nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError as e:  # a tag whose value cannot be built, such as !!int x
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{name}: {e}") from None
 
 
 def _read_text(file: Path, named_by: str) -> str:
@@ -179,6 +209,8 @@ def _read(file: Path, stack: tuple[Path, ...] = ()) -> tuple[Data, Where]:
     named_by = f" (named by 'base:' in {stack[-1]})" if stack else ""
     if file.resolve() in [s.resolve() for s in stack]:
         raise UserError(f"'base:' runs in a circle: {' -> '.join(map(str, (*stack, file)))}")
+    if len(stack) > MAX_DEPTH:
+        raise UserError(f"{file}: more than {MAX_DEPTH} recipes, each the 'base:' of the next")
     data, where = parse_yaml(_read_text(file, named_by), str(file))
     if not isinstance(data, dict):
         raise UserError(f"{file}:1: a recipe is a mapping of keys to values (got {_brief(data)})")
@@ -186,7 +218,8 @@ def _read(file: Path, stack: tuple[Path, ...] = ()) -> tuple[Data, Where]:
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"{where[('base',)]}: base: a file name is expected (got {_brief(base)})")
-        below, below_where = _read(locate(file.parent / base), (*stack, file))
+        beside = file.parent / base
+        below, below_where = _read(beside if beside.exists() or not locate(base).exists() else locate(base), (*stack, file))
         data, where = _merge(below, data), {**below_where, **where}
     return data, where
 
@@ -194,10 +227,10 @@ def _read(file: Path, stack: tuple[Path, ...] = ()) -> tuple[Data, Where]:
 def _override(data: Data, where: Where, text: str) -> Data:
     """Applies one `key.sub=value`; the value is YAML. Numbers in the path index lists: `data.train.0.path=x`."""
     key, equals, value = text.partition("=")
-    path: KeyPath = tuple(int(k) if k.isdigit() else k for k in key.split("."))
-    if not equals or not all(str(k) for k in path):
+    path: KeyPath = tuple(int(k) if re.fullmatch("[0-9]{1,9}", k) else k for k in key.split("."))
+    if not equals or not all(str(k) for k in path) or len(path) > MAX_DEPTH:
         raise UserError(f"override '{text}': expected key.sub=value")
-    parsed, _ = parse_yaml(value, f"override '{text}'") if value.strip() else (None, {})
+    parsed, inner = parse_yaml(value, f"override '{text}'") if value.strip() else (None, {})
 
     def put(node: Any, rest: KeyPath) -> Any:
         if not rest:
@@ -212,6 +245,7 @@ def _override(data: Data, where: Where, text: str) -> Data:
 
     for n in range(1, len(path) + 1):
         where[path[:n]] = f"override '{text}'"
+    where.update({(*path, *sub): f"override '{text}'" for sub in inner})
     return typing.cast(Data, put(data, path))
 
 
@@ -251,8 +285,14 @@ _WORDS = {
 }
 
 
+def _by_line(line: tuple[str, str]) -> tuple[bool, str, int]:
+    """Sorts as one reads: file by file, downwards; then overrides."""
+    file, colon, number = line[0].rpartition(":")
+    return (False, file, int(number)) if colon and number.isdecimal() else (True, "", 0)
+
+
 def _explain(model: type[BaseModel], where: Where, error: ValidationError) -> str:
-    lines = []
+    lines: list[tuple[str, str]] = []
     for e in error.errors():
         loc = tuple(e["loc"])
         at = next(where[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in where)
@@ -268,8 +308,8 @@ def _explain(model: type[BaseModel], where: Where, error: ValidationError) -> st
         elif e["type"] != "value_error":
             message += f" (got {_brief(e['input'])})"
         name = ".".join(map(str, loc))
-        lines.append(f"{at}: {name}: {message}" if name else f"{at}: {message}")
-    return "\n".join(dict.fromkeys(lines))
+        lines.append((at, f"{at}: {name}: {message}" if name else f"{at}: {message}"))
+    return "\n".join(dict.fromkeys(text for _, text in sorted(lines, key=_by_line)))
 
 
 def validate(model: type[BaseModel], data: Data, where: Where | None = None) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from llmkit.config import UserError
 from llmkit.model.config import GPTConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -75,6 +77,38 @@ def cost_of(
     activations = micro_tokens * model.n_layers * per_token + loss_chunk * (model.vocab_size or 0) * (width + 2 * wide)
     checkpoint = n_params * (width + master + wide * (moments + ema))
     return Cost(n_params, embedding, flops_per_token(model, seq_len), state, round(activations), checkpoint)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take, None where nobody tells: of the GPU, or of the machine and its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = 1024 * int(told["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+    try:  # a container's limit (cgroup 2); "max" is none
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text("ascii"))
+        return min(free, max(0, int((group / "memory.max").read_text("ascii")) - used))
+    except (OSError, ValueError):
+        return free
+
+
+def require_memory(cost: Cost, device: torch.device) -> None:
+    """Raises UserError, naming the figures, if weights, gradients and optimizer alone can't fit.
+
+    Activations are estimates, so they don't count here: what is refused can't run.
+    """
+    free = free_memory(device)
+    if free is not None and cost.state_bytes > free:
+        raise UserError(
+            f"model: {cost.n_params:,} parameters need {cost.state_bytes / 1e9:,.1f} GB for weights, gradients and optimizer, "
+            f"but {free / 1e9:,.1f} GB of {device.type} memory are free: choose a smaller model, or precision: bf16"
+        )
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -28,17 +28,24 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from llmkit.chat import CHATML, ChatTemplate, Shield, check_messages, check_text, check_tools
 from llmkit.config import Config, UserError
+from llmkit.encoder import (
+    BYTE_OF_CHAR,
+    GPT4_REGEX,
+    MAX_RUN,
+    ByteEngine,
+    TiktokenEngine,
+    build_tiktoken,
+    bytes_of_token,
+    has_long_blank,
+    regex_of,
+)
 
 logger = logging.getLogger(__name__)
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
-# llama.cpp knows this regex (and few others) under the name `llama-bpe`, so exported models keep their ids there.
-GPT4_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-GPT2_REGEX = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel(use_regex=True)
-MAX_RUN = 16_384  # see `_long_blank`
+# Characters that Unicode promises never to change under NFC: no need to ask the normaliser. Everything below U+0300, and
+# of the rest what Chinese and Japanese text mostly consists of (U+302A-302F and U+3099-309A combine).
+_NOT_SURELY_NFC = re.compile("[^\x00-\u02ff\u2010-\u2027\u2030-\u205e\u3000-\u3029\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uff01-\uff5e]")  # fmt: skip
 
 
 class TokenizerConfig(Config):
@@ -165,26 +172,6 @@ TRAINERS: dict[str, Callable[[TokenizerConfig, Iterable[str]], tokenizers.Tokeni
 }
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------------
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [b for b in range(256) if b not in set(plain)]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(moved)}
-
-
-_BYTE_OF_CHAR = _byte_alphabet()
-
-
-def _to_bytes(token: str) -> bytes:
-    try:
-        return bytes(_BYTE_OF_CHAR[c] for c in token)
-    except KeyError:  # a token that was put into the vocabulary as it is
-        return token.encode("utf-8")
-
-
 class StreamDecoder:
     """Decodes ids one at a time: what `push` returns, and `finish` at last, adds up to `decode` of all of them.
 
@@ -205,129 +192,6 @@ class StreamDecoder:
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
-
-
-# --- the fast engines ------------------------------------------------------------------------------------------------
-
-# Characters that Unicode promises never to change under NFC: no need to ask the normaliser. Everything below U+0300, and
-# of the rest what Chinese and Japanese text mostly consists of (U+302A-302F and U+3099-309A combine).
-_NOT_SURELY_NFC = re.compile("[^\x00-\u02ff\u2010-\u2027\u2030-\u205e\u3000-\u3029\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uff01-\uff5e]")  # fmt: skip
-
-_SAMPLE = (
-    "The quick brown fox's can't, WON'T, we'\u017fe; I'll've 3.14159 12345678 x1y22z333",
-    "  two   three\n\n\n  \t tabs\t\t \r\n\r\n  end   \n ",
-    "中文和 English 混排，「标点」。全角１２３ＡＢＣ，没有空格的一长串汉字也要一样。",
-    "日本語のテキスト、カタカナ、한국어 텍스트 한국어",
-    "e\u0301a\u0300o\u0302 \u1112\u1161\u11ab \u212b \ufb01 \u2460 \u0958",
-    "👩‍👩‍👧‍👦 🇨🇳 👍🏽 ☃\ufe0f ✈",
-    "עברית العربية हिन्दी ไทย ქართული Ελληνικά русский",
-    "<|im_start|>user<|im_end|><|bos|><|eos|><|pad|> <s></s> [INST]",
-    "\x00\x01\x7f\x80\x85\xa0\u2028\u3000\ufeff\uffff\U0010ffff\u200b\u00ad",
-    "def f(x):\n    return {'a': x ** 2}  # ok\n\n\tif x != y: pass",
-    "a" * 300 + " " * 300 + "-" * 300 + "\n" * 300 + "é" * 300 + "漢" * 300 + "1" * 300 + " \n" * 100 + " x" * 100,
-)
-
-
-class _Bytes:
-    """One id per byte."""
-
-    def __init__(self, id_of_byte: np.ndarray) -> None:
-        self._id_of_byte = id_of_byte
-
-    def encode(self, text: str) -> np.ndarray:
-        return self._id_of_byte[np.frombuffer(text.encode("utf-8"), dtype=np.uint8)]
-
-
-def _long_blank(text: str) -> bool:
-    """Whether whitespace fills a whole block of MAX_RUN characters (so any run of twice that length is found).
-
-    tiktoken's regex engine backtracks over whitespace (`\\s+(?!\\S)`) and panics at about half a million characters.
-    """
-    return any(text[i : i + MAX_RUN].isspace() for i in range(0, len(text) - MAX_RUN + 1, MAX_RUN))
-
-
-class _Tiktoken:
-    """tiktoken with the merges of a tokenizer.json."""
-
-    def __init__(self, regex: str, id_of_rank: np.ndarray, ranks: dict[bytes, int]) -> None:
-        import tiktoken
-
-        self._id_of_rank = id_of_rank
-        self._encoding = tiktoken.Encoding("llmkit", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, text: str) -> np.ndarray:
-        return self._id_of_rank[self._encoding.encode_to_numpy(text, disallowed_special=())]
-
-    def encode_piece(self, piece: bytes) -> list[int]:
-        """A piece that the regex doesn't cut: for checking."""
-        return [int(self._id_of_rank[r]) for r in self._encoding._encode_single_piece(piece)]
-
-
-def _regex_of(spec: dict[str, Any]) -> str | None:
-    """The regex that cuts text into pieces; raises UserError when text isn't then turned into bytes as it is."""
-    pre = spec.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
-    last = steps[-1] if steps else {}
-    if last.get("type") != "ByteLevel" or (spec.get("decoder") or {}).get("type") != "ByteLevel":
-        raise UserError("not a byte-level tokenizer, the only kind known here: convert the model's tokenizer first")
-    if last.get("add_prefix_space"):
-        raise UserError("this tokenizer puts a space before every text (add_prefix_space), so text would not survive")
-    if len(steps) == 1:
-        return GPT2_REGEX if last.get("use_regex", True) else None
-    split = steps[0]
-    simple = len(steps) == 2 and split.get("type") == "Split" and not last.get("use_regex", True)
-    if simple and split.get("behavior") == "Isolated" and not split.get("invert") and "Regex" in split["pattern"]:
-        return str(split["pattern"]["Regex"])
-    return ""  # correct, but nothing that another engine could be given
-
-
-def _why_not_fast(spec: dict[str, Any], merged: list[str]) -> str | None:
-    """Why merges alone don't say what `tokenizers` would do, if so."""
-    model = spec["model"]
-    odd = [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(k)]
-    if odd:
-        return f"its model has {', '.join(odd)}"
-    if not _regex_of(spec):
-        return "its text is cut in a way of its own"
-    if len(set(merged)) != len(merged):
-        return "two of its merges yield the same token"
-    return None
-
-
-def _added_texts(spec: dict[str, Any]) -> set[str]:
-    return {t["content"] for t in spec["added_tokens"]}
-
-
-def _build_fast(spec: dict[str, Any], backend: tokenizers.Tokenizer) -> _Tiktoken | str:
-    """The tiktoken engine, or why there is none. It is checked against `tokenizers`: token by token, and on a sample."""
-    vocab: dict[str, int] = spec["model"]["vocab"]
-    merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
-    merged = [a + b for a, b in merges]
-    reason = _why_not_fast(spec, merged)
-    if reason:
-        return reason
-    base = [c for c in _BYTE_OF_CHAR if c in vocab]
-    if len(base) != 256:
-        return f"it knows {len(base)} of the 256 bytes"
-    ordered = [*base, *merged]
-    if spec["model"].get("ignore_merges") and len(set(vocab) - set(ordered)) > len(set(vocab) & _added_texts(spec)):
-        return "it knows whole words that no merge yields"
-    ranks = {_to_bytes(token): rank for rank, token in enumerate(ordered)}
-    if len(ranks) != len(ordered):
-        return "two of its tokens are the same bytes"
-    try:
-        fast = _Tiktoken(_regex_of(spec) or "", np.array([vocab[t] for t in ordered], dtype=np.int64), ranks)
-        model = backend.model
-        for token in ordered:
-            if fast.encode_piece(_to_bytes(token)) != [t.id for t in model.tokenize(token)]:
-                return f"it disagrees on the token {token!r}"
-        for text in _SAMPLE:
-            text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
-            if fast.encode(text).tolist() != backend.encode(text, add_special_tokens=False).ids:
-                return f"it disagrees on {text[:40]!r}"
-    except Exception as e:  # noqa: BLE001 - another version of tiktoken: whatever is amiss, the slow way still works
-        return f"{type(e).__name__}: {e}"
-    return fast
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -360,12 +224,12 @@ class Tokenizer:
         self.template = template
         self.asked_vocab_size = asked_vocab_size
         self._extra_stop_ids = tuple(extra_stop_ids)
-        self._regex = _regex_of(spec)
+        self._regex = regex_of(spec)
         self._normalizer = spec.get("normalizer")
         added: list[dict[str, Any]] = spec["added_tokens"]
         self.special = {t["content"]: int(t["id"]) for t in added if t["special"]}
         self.special_ids = frozenset(self.special.values())
-        table: dict[int, bytes] = {i: _to_bytes(t) for t, i in spec["model"]["vocab"].items()}
+        table: dict[int, bytes] = {i: bytes_of_token(t) for t, i in spec["model"]["vocab"].items()}
         table.update({int(t["id"]): t["content"].encode("utf-8") for t in added})
         self.vocab_size = max(table) + 1
         self._bytes = [table.get(i, b"") for i in range(self.vocab_size)]
@@ -505,12 +369,12 @@ class Tokenizer:
     # - text to ids -
 
     @cached_property
-    def _fast(self) -> _Bytes | _Tiktoken | None:
+    def _fast(self) -> ByteEngine | TiktokenEngine | None:
         vocab = self._spec["model"]["vocab"]
-        if not self._spec["model"]["merges"] and all(c in vocab for c in _BYTE_OF_CHAR):
+        if not self._spec["model"]["merges"] and all(c in vocab for c in BYTE_OF_CHAR):
             # Without merges no regex can make a difference.
-            return _Bytes(np.array([vocab[c] for c, _ in sorted(_BYTE_OF_CHAR.items(), key=lambda x: x[1])], np.int64))
-        fast = _build_fast(self._spec, self._backend)
+            return ByteEngine(np.array([vocab[c] for c, _ in sorted(BYTE_OF_CHAR.items(), key=lambda x: x[1])], np.int64))
+        fast = build_tiktoken(self._spec, self._backend)
         if isinstance(fast, str):
             logger.warning("tokenizer: encoding takes the slow way (`tokenizers`), as %s", fast)
             return None
@@ -535,7 +399,7 @@ class Tokenizer:
         fast = self._fast
         if fast is None or self._matched is not None and self._matched.search(text):
             return np.array(self._slow(text), dtype=np.int64)
-        if isinstance(fast, _Tiktoken) and len(normal) >= MAX_RUN and _long_blank(normal):
+        if isinstance(fast, TiktokenEngine) and len(normal) >= MAX_RUN and has_long_blank(normal):
             return np.array(self._slow(text), dtype=np.int64)
         return fast.encode(normal)
 
@@ -812,59 +676,3 @@ def _mark_special(spec: dict[str, Any], name: str | None) -> None:
         raise UserError(f"tokenizer_config.json names {name!r}, which tokenizer.json doesn't hold")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     spec["added_tokens"].append({"id": spec["model"]["vocab"][name], "content": name, **flags})
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def report(tokenizer: Tokenizer, texts_by_language: Mapping[str, Iterable[str]]) -> dict[str, Any]:
-    """How well a tokenizer serves each language: sizes, and texts that don't survive (there should be none).
-
-    `single_byte_frac` is the share of tokens that are one byte: of Chinese, what the vocabulary has no word for.
-    """
-    languages = {}
-    for language, texts in texts_by_language.items():
-        n_texts = n_bytes = n_chars = n_tokens = n_single = failures = 0
-        for text in texts:
-            ids, normal = tokenizer.encode(text), tokenizer.normalize(text)
-            n_texts += 1
-            n_bytes += len(normal.encode("utf-8"))
-            n_chars += len(normal)
-            n_tokens += len(ids)
-            n_single += sum(len(tokenizer.token_bytes(i)) == 1 for i in ids)
-            failures += tokenizer.decode(ids) != normal
-        languages[language] = {
-            "texts": n_texts,
-            "bytes": n_bytes,
-            "tokens": n_tokens,
-            "bytes_per_token": n_bytes / max(1, n_tokens),
-            "chars_per_token": n_chars / max(1, n_tokens),
-            "single_byte_frac": n_single / max(1, n_tokens),
-            "round_trip_failures": failures,
-        }
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "asked_vocab_size": tokenizer.asked_vocab_size,
-        "hash": tokenizer.hash,
-        "languages": languages,
-    }
-
-
-def format_report(data: Mapping[str, Any]) -> str:
-    """The report as a plain-text table."""
-    asked = data["asked_vocab_size"]
-    short = f" of {asked} asked for" if asked is not None and asked != data["vocab_size"] else ""
-    lines = [f"vocabulary {data['vocab_size']}{short}, hash {data['hash'][:12]}"]
-    heads = ("language", "texts", "bytes", "tokens", "bytes/token", "chars/token", "single bytes", "round trip")
-    rows = [
-        (name, str(v["texts"]), str(v["bytes"]), str(v["tokens"]), f"{v['bytes_per_token']:.2f}",
-         f"{v['chars_per_token']:.2f}", f"{100 * v['single_byte_frac']:.1f} %",
-         f"{v['round_trip_failures']} failed" if v["round_trip_failures"] else "ok")
-        for name, v in data["languages"].items()
-    ]  # fmt: skip
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]:
-        lines.append(
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        )
-    return "\n".join(lines)

@@ -21,17 +21,9 @@ from hypothesis import strategies as st
 
 from llmkit.chat import CHATML, ChatTemplate, Shield
 from llmkit.config import UserError, validate
-from llmkit.tokenizer import (
-    GPT4_REGEX,
-    SPECIAL,
-    ChatEncoding,
-    StreamDecoder,
-    Tokenizer,
-    TokenizerConfig,
-    _Tiktoken,
-    format_report,
-    report,
-)
+from llmkit.encoder import GPT4_REGEX, TiktokenEngine
+from llmkit.stages.tokenizer import format_report, report
+from llmkit.tokenizer import SPECIAL, ChatEncoding, StreamDecoder, Tokenizer, TokenizerConfig
 
 ENGLISH = [
     f"The {a} {b} {c} over the lazy dog, and it's {n} o'clock.\n"
@@ -187,7 +179,7 @@ def test_long_runs_take_linear_time(bpe: Tokenizer, text: str) -> None:
 def test_the_slow_way_is_taken_aloud(bpe: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     """An engine that disagrees is not used."""
     spec = json.loads(bpe.files()["tokenizer.json"])
-    assert isinstance(bpe._fast, _Tiktoken)
+    assert isinstance(bpe._fast, TiktokenEngine)
     spec["model"]["merges"].append(spec["model"]["merges"][5])
     slow = Tokenizer(spec, bpe.names, None)
     with caplog.at_level(logging.WARNING):

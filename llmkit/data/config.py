@@ -57,4 +57,4 @@ class DataConfig(Config):
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
         """The training sources, whichever way they were written."""
-        return self.train or (SourceConfig(path=self.path or ""),)
+        return self.train or (SourceConfig.model_validate({"path": self.path}),)

@@ -24,13 +24,11 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from llmkit import storage
-from llmkit.config import MachineError, UserError
+from llmkit.config import Interrupted, MachineError, UserError
 from llmkit.data.config import DataConfig, SourceConfig
 from llmkit.data.shards import VERSION, TokenShards, write_index
 from llmkit.data.sources import File, files_of, is_one_text, units_of
-from llmkit.data.workers import HELD_OUT, KEPT, Interrupted, Job, TokenizerLike, run_jobs
-
-__all__ = ["Interrupted", "Prepared", "prepare"]
+from llmkit.data.workers import HELD_OUT, KEPT, Job, TokenizerLike, run_jobs
 
 log = logging.getLogger(__name__)
 IN_PROCESS = 4 << 20  # bytes of text below which other processes take longer to start than to help

@@ -26,16 +26,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from llmkit.config import MachineError, UserError
+from llmkit.config import Interrupted, MachineError, UserError
 from llmkit.data.shards import Shard, ShardWriter
 from llmkit.data.sources import Piece, documents
 
 KEPT, HELD_OUT = "kept", "held_out"
 _BATCH = 1 << 20  # characters that are encoded at once
-
-
-class Interrupted(Exception):
-    """Work was asked to stop; what is finished is kept, and the next run goes on from there."""
 
 
 class TokenizerLike(Protocol):

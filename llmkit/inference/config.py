@@ -10,7 +10,7 @@ MIN_TEMPERATURE = 1e-4  # below it only the most probable token is left, and log
 
 
 class SamplingConfig(Config):
-    """How the next token is chosen: temperature, top_k, top_p, min_p, each on the renormalised rest of the one before."""
+    """How the next token is chosen: temperature, top_k, top_p, min_p, each acting on what the one before left over."""
 
     max_new_tokens: int = Field(128, ge=1)
     """Most tokens that are added to a prompt; fewer where the model's max_seq_len ends first."""

@@ -37,7 +37,7 @@ class RopeScaling(Config):
 class GPTConfig(Config):
     """A decoder-only Transformer of the Llama family. Sizes left out are derived from `d_model`."""
 
-    n_layers: int = Field(6, ge=1)
+    n_layers: int = Field(6, ge=1, le=10_000)
     """Number of blocks."""
     n_heads: int = Field(6, ge=1)
     """Query heads per block."""

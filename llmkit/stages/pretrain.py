@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from llmkit.config import UserError
+from llmkit.config import Interrupted, UserError
 from llmkit.data.loader import RowLoader
 from llmkit.data.prepare import Prepared, prepare as prepare_shards
 from llmkit.data.shards import TokenShards
+from llmkit.data.texts import obtain_tokenizer
 from llmkit.inference.generate import generate
 from llmkit.model.config import GPTConfig
 from llmkit.model.files import model_files
 from llmkit.model.gpt import GPT, init_weights
 from llmkit.model.hf import load_weights, read_config
-from llmkit.plan import Cost, cost_of, flops_per_token
+from llmkit.plan import Cost, cost_of, flops_per_token, require_memory
 from llmkit.stages.recipes import PretrainRecipe
-from llmkit.stages.tokenizer import obtain
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.engine import Engine, Metrics, seed_of
-from llmkit.training.loop import Context, Outcome, train
+from llmkit.training.loop import Context, Outcome, Stop, train
 from llmkit.training.supervised import byte_lengths, held_out, next_token_loss, supervised_step
 
 
@@ -41,11 +42,12 @@ class PretrainTask:
     def prepare(self, ctx: Context) -> None:
         """Tokenizer and token shards."""
         recipe = self.recipe
-        self.tokenizer = obtain(recipe.tokenizer, recipe.data, Path(recipe.out) / "tokenizer")
+        self.tokenizer = obtain_tokenizer(recipe.tokenizer, recipe.data, Path(recipe.out) / "tokenizer")
+        self.model_config = model_config(recipe, self.tokenizer.vocab_size)
+        require_memory(cost(recipe, self.model_config), ctx.ranks.device)  # before the data is prepared for hours
         self.data = prepare_shards(
             recipe.data, self.tokenizer, should_stop=ctx.should_stop, progress=ctx.ranks.is_main
         )
-        self.model_config = model_config(recipe, self.tokenizer.vocab_size)
         self.row_len = recipe.batch.max_len or self.model_config.max_seq_len
         self.flops_per_token = flops_per_token(self.model_config, self.row_len)
 
@@ -103,25 +105,25 @@ class PretrainTask:
             if sums is None:
                 return None
             metrics |= {f"{name}/{key}": value for key, value in sums.items()}
-        if split == "valid" and ctx.ranks.is_main:
-            self._write_samples(engine, ctx)
-        # Asked after the samples: those cut short are not what an uninterrupted run would have written, so none is.
-        return None if ctx.all_should_stop() else metrics
+        texts = self._samples(engine, ctx) if split == "valid" and ctx.ranks.is_main else {}
+        if ctx.all_should_stop():
+            return None  # the samples may be cut short; an evaluation counts, and is written, as a whole or not at all
+        for prompt, text in texts.items():
+            ctx.log.samples({"step": engine.step, "prompt": prompt, "text": text})
+            ctx.log.say(f"    {prompt}|{text}")
+        return metrics
 
-    def _write_samples(self, engine: Engine, ctx: Context) -> None:
+    def _samples(self, engine: Engine, ctx: Context) -> dict[str, str]:
+        """What the model writes after each prompt."""
         samples = self.recipe.eval.samples
         if not samples.prompts:
-            return
+            return {}
         bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         prompts = [bos + self.tokenizer.encode(p) for p in samples.prompts]
         with engine.evaluating() as module:
             assert isinstance(module, GPT)
             results = generate(module, prompts, samples, tokenizer=self.tokenizer, should_stop=ctx.should_stop)
-        if ctx.should_stop():
-            return  # cut short, so not what an uninterrupted run would have written
-        for prompt, result in zip(samples.prompts, results, strict=True):
-            ctx.log.samples({"step": engine.step, "prompt": prompt, "text": result.text})
-            ctx.log.say(f"    {prompt}|{result.text}")
+        return {prompt: result.text for prompt, result in zip(samples.prompts, results, strict=True)}
 
     def files(self, engine: Engine) -> dict[str, bytes]:
         facts = {"stage": "pretrain", "step": engine.step, **self.facts()}
@@ -180,7 +182,8 @@ def rows_per_step(recipe: PretrainRecipe, row_len: int) -> int:
 def micro_rows(recipe: PretrainRecipe, rows: int, row_len: int) -> int:
     """Rows of one forward pass: as many as divide the rank's share and hold at most micro_tokens."""
     limit = max(1, (recipe.batch.micro_tokens or 8192) // row_len)
-    return max((n for n in range(1, rows + 1) if rows % n == 0 and n <= limit), default=1)
+    pairs = ((n, rows // n) for n in range(1, math.isqrt(rows) + 1) if rows % n == 0)
+    return max(n for pair in pairs for n in pair if n <= limit)
 
 
 def cost(recipe: PretrainRecipe, config: GPTConfig) -> Cost:
@@ -230,13 +233,10 @@ def run(recipe: PretrainRecipe) -> Outcome:
 
 def prepare(recipe: PretrainRecipe) -> bool | None:
     """`llmkit prepare`: True when all shards are there, None if a signal stopped it."""
-    from llmkit.data.prepare import Interrupted
-    from llmkit.training.loop import Stop
-
     stop = Stop()
     with stop.listening():
         try:
-            tokenizer = obtain(recipe.tokenizer, recipe.data, Path(recipe.out) / "tokenizer")
+            tokenizer = obtain_tokenizer(recipe.tokenizer, recipe.data, Path(recipe.out) / "tokenizer")
             data = prepare_shards(recipe.data, tokenizer, should_stop=lambda: bool(stop))
         except Interrupted:
             return None

@@ -42,7 +42,7 @@ def safetensors_chunks(tensors: Tensors) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for t in tensors.values():
-        yield memoryview(t.contiguous().reshape(-1).view(torch.uint8).numpy()) if t.numel() else b""
+        yield t.contiguous().reshape(-1).view(torch.uint8).numpy().data if t.numel() else b""
 
 
 def shard(file: str, tensors: Tensors, limit: int = MAX_SHARD_BYTES) -> dict[str, Tensors]:

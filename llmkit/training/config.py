@@ -13,7 +13,7 @@ from llmkit.inference.config import SamplingConfig
 class BatchConfig(Config):
     """Global sizes: what one optimizer step sees, over all ranks and micro-batches. Accumulation is derived."""
 
-    tokens_per_step: int = Field(16384, ge=1)
+    tokens_per_step: int = Field(16384, ge=1, le=1 << 40)
     """Tokens of one optimizer step; with rows of a fixed length, a multiple of that length."""
     micro_tokens: int | None = Field(None, ge=1)
     """Most tokens of one forward pass on one rank. Default: min(8192, the rank's share). Changes memory, not results."""

@@ -210,7 +210,7 @@ class Engine:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that changes during training, by file: views, to be copied before the next update."""
-        files = {"model.safetensors": dict(self.module.named_parameters())}
+        files: dict[str, dict[str, Tensor]] = {"model.safetensors": {**dict(self.module.named_parameters())}}
         files["trainer_state/optimizer.safetensors"] = self.optimizer.state_dict()
         if self.dtype != self.flat_grad.dtype:
             files["trainer_state/master.safetensors"] = self.masters

@@ -63,6 +63,13 @@ class RunLog:
         else:
             print(text, flush=True)
 
+    def line(self, text: str) -> None:
+        """A line of progress: to train.log, and to the terminal unless the live line is there."""
+        if self.active and self.bar is not None:
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        else:
+            self.say(text)
+
     def metrics(self, record: Numbers) -> None:
         """Appends a line to metrics.jsonl; numbers also go to TensorBoard."""
         if self.active:

@@ -23,8 +23,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from llmkit.config import UserError, dump, flatten
-from llmkit.data.workers import Interrupted
+from llmkit.config import dump, flatten, Interrupted, UserError
 from llmkit.plan import peak_flops
 from llmkit.storage import (
     checkpoints_of,
@@ -192,6 +191,8 @@ class _Run:
         self.saved_step = -1
 
     def go(self, changed: list[str]) -> Outcome:
+        if self.config.precision == "fp16" and self.ranks.device.type != "cuda":
+            raise UserError(f"precision: fp16 is for CUDA (got {self.ranks.device.type}): use bf16 or fp32")
         self._check_recipe(changed)
         keep_freed_memory()
         interrupted = False
@@ -241,7 +242,8 @@ class _Run:
         for name in ("DONE", "PREEMPTED"):
             (self.out / name).unlink(missing_ok=True)
         replace_file(self.out / "recipe.yaml", dump(self.config))
-        for line in self._note_environment() if started else ():
+        different = self._note_environment()
+        for line in different if started else ():
             self.log.say(f"warning: environment changed: {line}: the last bits of results may differ")
 
     def _note_environment(self) -> list[str]:
@@ -301,17 +303,18 @@ class _Run:
                 if finished or paused or stopping:
                     self._save()
                 self.saver.poll()
-                if finished:
+                if finished and evaluated:
                     return Outcome.FINISHED
                 if stopping:
                     return Outcome.PREEMPTED
                 if paused:
                     return Outcome.PAUSED
                 self._profile(profiling)
+                started = time.perf_counter()
                 metrics = self.task.step(engine, self.ctx)
                 self.progress.tokens += metrics["denominator"]
                 self.log.metrics({"step": engine.step, **{f"train/{k}": v for k, v in metrics.items()}})
-                meter.step(metrics)
+                meter.step(metrics, time.perf_counter() - started)
 
     def _evaluate_if_due(self) -> bool:
         """Evaluates where the recipe says so. False if a signal cut it short: it is then done again on resume."""
@@ -441,31 +444,32 @@ class _Run:
 
 
 class _Meter:
-    """Speed: shown on the live line, written to timing.jsonl and as plain lines every `log.every` steps."""
+    """Speed of the steps themselves: on the live line, in timing.jsonl, and as plain lines every `log.every` steps."""
 
     def __init__(self, run: _Run, peak: float | None):
         self.run, self.peak = run, peak
-        self.started, self.tokens, self.steps = time.perf_counter(), 0.0, 0
+        self.seconds, self.tokens, self.steps = 0.0, 0.0, 0
+        self.speed = ""
 
-    def step(self, metrics: Metrics) -> None:
+    def step(self, metrics: Metrics, seconds: float) -> None:
         run, step = self.run, self.run.engine.step
         self.tokens += metrics["denominator"]
+        self.seconds += seconds
         self.steps += 1
-        line = f"loss {metrics['loss']:.4f}"
+        loss = f"loss {metrics['loss']:.4f}"
         if step % run.config.log.every == 0 or step == run.config.last_step:
-            seconds = time.perf_counter() - self.started
-            speed = self.tokens / seconds
-            record = {"step": step, "step_s": seconds / self.steps, "tokens_per_s": speed}
-            eta = (run.config.last_step - step) * seconds / self.steps
-            line += f" | norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e} | {speed:,.0f} tok/s"
+            speed = self.tokens / self.seconds
+            record = {"step": step, "step_s": self.seconds / self.steps, "tokens_per_s": speed}
+            self.speed = f" | {speed:,.0f} tok/s"
             if self.peak and run.task.flops_per_token:
                 record["mfu_pct"] = 100 * speed * run.task.flops_per_token / (self.peak * run.ranks.world)
-                line += f" | MFU {record['mfu_pct']:.1f} %"
+                self.speed += f" | MFU {record['mfu_pct']:.1f} %"
             run.log.timing(record)
-            if run.log.bar is None:
-                run.log.say(f"step {step:6d} | {line} | ETA {eta:.0f} s")
-            self.started, self.tokens, self.steps = time.perf_counter(), 0.0, 0
-        run.log.advance(line)
+            eta = (run.config.last_step - step) * record["step_s"]
+            details = f"norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e}"
+            run.log.line(f"step {step:6d} | {loss} | {details}{self.speed} | ETA {eta:.0f} s")
+            self.seconds, self.tokens, self.steps = 0.0, 0.0, 0
+        run.log.advance(loss + self.speed)
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:

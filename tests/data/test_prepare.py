@@ -24,7 +24,8 @@ from llmkit import storage
 from llmkit.config import MachineError, UserError
 from llmkit.data import prepare as prepare_module, sources, workers
 from llmkit.data.config import DataConfig, SourceConfig
-from llmkit.data.prepare import Interrupted, Prepared, prepare
+from llmkit.config import Interrupted
+from llmkit.data.prepare import Prepared, prepare
 from llmkit.data.shards import TokenShards
 from llmkit.data.workers import is_held_out
 from llmkit.tokenizer import Tokenizer, TokenizerConfig
@@ -420,6 +421,19 @@ def test_a_process_that_cannot_start_is_an_error(tmp_path: Path, bpe, parallel: 
 def _saved(tokenizer: Tokenizer, tmp_path: Path) -> Path:
     tokenizer.save(tmp_path / "saved")
     return tmp_path / "saved"
+
+
+def test_a_fault_of_ours_is_never_swallowed(tmp_path: Path, byte_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An IndexError of a unit must not look like the end of the work; from a child it comes with its traceback."""
+
+    def fail(*_: object) -> None:
+        raise IndexError("a bug")
+
+    monkeypatch.setattr(workers, "run_job", fail)
+    with pytest.raises(IndexError, match="a bug"):
+        prepare(config(tmp_path, write_jsonl(tmp_path / "a.jsonl", words(5))), byte_tokenizer)
+    kind, text = workers._answer(workers.Job("", 0, (), "", "none", 0.0, 1, 2).to_json(), byte_tokenizer)
+    assert kind == "fault" and "Traceback" in text and "IndexError: a bug" in text
 
 
 def test_signals_are_left_to_the_parent(tmp_path: Path, bpe: Tokenizer) -> None:

@@ -290,6 +290,32 @@ def test_streamed_text_is_the_final_text_and_never_leaks(text, stop, end):
         assert result.finish_reason == ("stop" if stream.stopped else "length")
 
 
+class Pieces:
+    """A tokenizer and its decoder in one, whose tokens are whole pieces of text."""
+
+    stop_ids = frozenset[int]()
+
+    def __init__(self, pieces: list[str]):
+        self.pieces = pieces
+
+    def stream(self):
+        return self
+
+    def push(self, token: int) -> str:
+        return self.pieces[token]
+
+    def finish(self) -> str:
+        return ""
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=st.lists(st.text("ab", max_size=6), max_size=8), stop=st.lists(st.text("ab", min_size=1, max_size=4)))
+def test_the_cut_does_not_depend_on_the_tokens(pieces, stop):
+    stream = TextStream(Pieces(pieces), stop)
+    shown = "".join([*(stream.push(i) for i in range(len(pieces))), stream.finish()])
+    assert shown == cut("".join(pieces), tuple(stop))
+
+
 def test_text_is_given_out_as_soon_as_it_is_certain():
     stream = TextStream(TOKENIZER, ["END"])
     assert [stream.push(i) for i in TOKENIZER.encode("xEéEN.END!")] == [

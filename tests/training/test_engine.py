@@ -160,7 +160,7 @@ def test_packed_equals_unpacked(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "s", documents)
     packed = rows(shards, rows_per_step=8)
     separate = rows(shards, rows_per_step=25, packing=False)
-    engines = [Engine(tiny_gpt(), recipe(name="sgd", lr=0.1)) for _ in "ab"]
+    engines = [Engine(tiny_gpt(), recipe(name="sgd", lr=0.1, clip=None)) for _ in "ab"]
     metrics = [run(e, loader, 1)[0] for e, loader in zip(engines, (packed, separate), strict=True)]
     assert metrics[0]["denominator"] == 8 * (4 + 2 + 7)
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-10)
@@ -177,7 +177,7 @@ def test_documents_of_a_row_are_apart(tmp_path: Path) -> None:
         grads = []
         for name, documents in (("both", [a, b, [5]]), ("b", [b, [5]])):
             loader = rows(write_shards(tmp_path / f"{name}{seed}", documents), rows_per_step=1)
-            engine = Engine(tiny_gpt(), recipe())
+            engine = Engine(tiny_gpt(), recipe(clip=None))
             scale = engine.update(loader.step(0), LOSS)["denominator"]
             grads.append({n: g * scale for n, g in engine.grads.items()})
         only_a.append({n: grads[0][n] - grads[1][n] for n in grads[0]})
@@ -222,8 +222,8 @@ def test_non_finite_stops_before_the_update(value: float, where: str, precision:
     with pytest.raises(NonFinite, match=r"^step 2: ") as e:
         engine.update(data, spoil(where, value, module))
     assert same_bits(before, snapshot(engine)) and engine.state() == state
-    assert e.value.tensors == ([where] if where != "loss" else ["weight", "bias"]) or where == "loss"
-    assert where == "loss" or f"in {where}" in str(e.value)
+    if where != "loss":
+        assert e.value.tensors == [where] and f"in {where}" in str(e.value)
     assert list(e.value.batches) == data
     assert all(math.isfinite(v) for v in engine.update(data, regression).values())  # and nothing of it stays behind
 
@@ -335,7 +335,7 @@ def test_dropout_is_a_function_of_where_it_is() -> None:
 
 def test_seeds() -> None:
     """Pinned: another function would silently change every run's order, dropout and samples."""
-    assert seed_of(0, "dropout", 1, 2, 3) == 7462323436014107337
+    assert seed_of(0, "dropout", 1, 2, 3) == 5655521331460689962
     assert 0 <= min(seed_of(i) for i in range(1000)) and max(seed_of(i) for i in range(1000)) < 2**63
 
 
@@ -379,35 +379,35 @@ def test_fp16_loss_scale() -> None:
     half = points(seed=1, dtype=torch.float16)
     engine, plain = (Engine(linear(), recipe(p, name="sgd", lr=0.1, clip=0.5)) for p in ("fp16", "fp32"))
     assert engine.loss_scale == 2.0**16
-    wide = Points(half.x.float(), half.y.float())
-    metrics, expected = engine.update([half], regression), plain.update([wide], regression)
-    assert metrics["loss_scale"] == 2.0**16 and metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+    engine.loss_scale = 2.0**12
+    metrics = engine.update([half], regression)
+    expected = plain.update([Points(half.x.float(), half.y.float())], regression)
+    assert metrics["loss_scale"] == 2.0**12 and metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
     assert largest_difference(engine.masters, plain.masters) <= 1e-3
 
-    before, big = snapshot(engine), Points(half.x * 300, half.y)  # the loss is finite, its scaled gradient is not
+    before, big = snapshot(engine), Points(half.x * 20, half.y)  # the loss is finite, its scaled gradient is not
     metrics = engine.update([big], regression)
-    assert metrics["overflow"] == 1.0 and metrics["loss_scale"] == 2.0**15 and math.isfinite(metrics["loss"])
+    assert metrics["overflow"] == 1.0 and metrics["loss_scale"] == 2.0**11 and math.isfinite(metrics["loss"])
     assert same_bits(before, snapshot(engine))
     assert engine.step == 2 and engine.good_steps == 0
 
     engine.good_steps = 1999
-    assert engine.update([half], regression)["loss_scale"] == 2.0**16
+    assert engine.update([half], regression)["loss_scale"] == 2.0**12
     engine.good_steps, engine.loss_scale = 1999, 2.0**24
-    engine.update([half], regression)
+    engine.update([half], lambda module, batch: LossSum(module(batch.x).float().sum() * 0, {"loss": torch.zeros(())}))
     assert engine.loss_scale == 2.0**24
 
 
-def test_fp16_gives_up_at_scale_one() -> None:
+def test_fp16_gives_up() -> None:
     """A gradient that overflows unscaled, or a loss that is not finite, is an error as in any other precision."""
+    data = [points(dtype=torch.float16)] * 2
     engine = Engine(linear(), recipe("fp16"))
     engine.loss_scale = 1.0
-    with pytest.raises(NonFinite):
-        engine.update([points(dtype=torch.float16)], spoil("bias", math.inf, engine.module), None) and engine.update(
-            [points(dtype=torch.float16)] * 2, spoil("bias", math.inf, engine.module)
-        )
+    with pytest.raises(NonFinite, match="grad_norm inf in bias"):
+        engine.update(data, spoil("bias", math.inf, engine.module))
     engine = Engine(linear(), recipe("fp16"))
     with pytest.raises(NonFinite, match="loss nan"):
-        engine.update([points(dtype=torch.float16)] * 2, spoil("loss", math.nan, engine.module))
+        engine.update(data, spoil("loss", math.nan, engine.module))
 
 
 def test_large_gradients_have_a_norm() -> None:
