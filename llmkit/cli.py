@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-USER_MISTAKE, STOPPED_ITSELF, PREEMPTED = 2, 3, 75
+USER_MISTAKE, STOPPED_ITSELF, PREEMPTED, INTERRUPTED = 2, 3, 75, 130
 EXIT_CODES = """exit codes:
   0   done
   1   a fault of llmkit or of the machine
   2   your mistake: the message says which, and how to mend it
   3   training stopped itself: a loss or gradient was not finite
-  75  stopped by a signal after saving: start again to go on"""
+  75  stopped by a signal after saving: start again to go on
+  130 interrupted by Ctrl-C"""
+# What the system says of a path that can't be used as it is named. Anything else about files is the machine's fault.
+_BAD_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -86,13 +92,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, help="the text to continue, or what the user says to a chat model")
     generate.add_argument("--raw", action="store_true", help="no chat template, also for a chat model")
     generate.add_argument("--system", help="the system message, for a chat model")
-    generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    generate.add_argument("--max-new-tokens", type=int)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; default: 0.8")
     generate.add_argument("--top-k", type=int)
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--min-p", type=float)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+    generate.add_argument("--seed", type=int)
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     generate.add_argument("--candidates", type=int, metavar="K", help="show the K likeliest next tokens instead")
     generate.add_argument("--precision", choices=("fp32", "bf16"), help="default: as saved")
     generate.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
@@ -107,10 +113,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _speak_utf8() -> list[str]:
+    """Makes the terminal's streams take any text, and returns the arguments as text: UTF-8 whatever the locale says."""
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for stream in streams:
+        with contextlib.suppress(AttributeError, ValueError):  # replaced by something simpler, or closed
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    return [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """One sentence and the exit code for an error that is nobody's bug; None for a bug, whose traceback is wanted."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
+        what = f"{error.object!r} can't be written in the locale's encoding, {error.encoding}"
+        return f"{what}: set LC_ALL=C.UTF-8", USER_MISTAKE
+    if isinstance(error, OSError) and error.strerror and error.errno != errno.ENOENT:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", USER_MISTAKE if error.errno in _BAD_PATH else 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
+        return f"out of memory: lower batch.micro_tokens, or choose a smaller model: {text or type(error).__name__}", 1
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(_speak_utf8() if argv is None else argv)
     if args.version:
         from importlib.metadata import version
 
@@ -122,7 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llmkit.config import MachineError, TrainingStopped, UserError
 
     try:
-        return args.run(args)
+        code: int = args.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it is known what to do when it fails
+        return code
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return USER_MISTAKE
@@ -130,10 +162,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it once more at its end
         return 0
     except TrainingStopped as e:
         print(f"error: {e}", file=sys.stderr)
         return STOPPED_ITSELF
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as e:
+        explained = _explain(e)
+        if explained is None:
+            raise
+        print(f"error: {explained[0]}", file=sys.stderr)
+        return explained[1]
 
 
 if __name__ == "__main__":

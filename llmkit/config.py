@@ -1,8 +1,8 @@
 """Typed recipes: YAML -> pydantic models.
 
 A recipe is read in four steps: defaults of the model < `base:` file < the file < `key.sub=value` overrides. Whatever is
-wrong is reported at once, each as `file:line: key: what (got value)` with the nearest known key. The YAML dialect is 1.2:
-`3e-4` is a number, `yes` and `no` are words, `010` is not eight, a key may stand only once.
+wrong is reported at once, each as `file:line: key: what (got value)` with the nearest known key. The YAML dialect is
+1.2: `3e-4` is a number, `yes` and `no` are words, `010` is not eight, a key may stand only once.
 
 Nothing here is heavy: no torch, no tokenizers. Every other module may import this one.
 """
@@ -34,7 +34,7 @@ class UserError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """Something outside the recipe failed, such as a full disk: shown in one sentence; the command exits with code 1."""
+    """Something outside the recipe failed, such as a full disk: shown in one sentence; the command exits with 1."""
 
 
 class Interrupted(Exception):
@@ -153,7 +153,7 @@ def _lines(node: yaml.Node, file: str, path: KeyPath = ()) -> Iterator[tuple[Key
     yield path, f"{file}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":  # of several merged mappings the first wins, but own keys win over all
+            if key.tag == "tag:yaml.org,2002:merge":  # the first of several merged mappings wins, own keys over all
                 merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 yield from (line for one in reversed(merged) for line in _lines(one, file, path) if line[0] != path)
         for key, value in node.value:
@@ -182,13 +182,13 @@ def parse_yaml(text: str, name: str = "<text>") -> tuple[Any, Where]:
         raise UserError(f"{name}: nested more than {MAX_DEPTH} levels deep") from None
 
 
-def _read_text(file: Path, named_by: str) -> str:
+def _read_text(file: Path, at: str) -> str:
     if not file.is_file():
         folder = file.parent
         names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
         near = difflib.get_close_matches(file.name, names, 1)
         hint = f" - did you mean {folder / near[0]}?" if near else ""
-        raise UserError(f"recipe not found: {file}{named_by}{hint}")
+        raise UserError(f"{at}recipe not found: {file}{hint}")
     try:
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"{file}: {file.stat().st_size} bytes is no recipe: at most {MAX_BYTES} are read")
@@ -204,22 +204,23 @@ def _merge(old: Data, new: Data) -> Data:
     return {**old, **new, **both}
 
 
-def _read(file: Path, stack: tuple[Path, ...] = ()) -> tuple[Data, Where]:
-    """One file over its `base:`."""
-    named_by = f" (named by 'base:' in {stack[-1]})" if stack else ""
+def _read(file: Path, stack: tuple[Path, ...] = (), at: str = "") -> tuple[Data, Where]:
+    """One file over its `base:`; `at` is where its name stands in the file above it."""
     if file.resolve() in [s.resolve() for s in stack]:
-        raise UserError(f"'base:' runs in a circle: {' -> '.join(map(str, (*stack, file)))}")
+        raise UserError(f"{at}runs in a circle: {' -> '.join(map(str, (*stack, file)))}")
     if len(stack) > MAX_DEPTH:
-        raise UserError(f"{file}: more than {MAX_DEPTH} recipes, each the 'base:' of the next")
-    data, where = parse_yaml(_read_text(file, named_by), str(file))
+        raise UserError(f"{at}more than {MAX_DEPTH} recipes, each the base of the next")
+    data, where = parse_yaml(_read_text(file, at), str(file))
+    data = {} if data is None else data  # nothing but `---`
     if not isinstance(data, dict):
         raise UserError(f"{file}:1: a recipe is a mapping of keys to values (got {_brief(data)})")
     base = data.pop("base", None)
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"{where[('base',)]}: base: a file name is expected (got {_brief(base)})")
-        beside = file.parent / base
-        below, below_where = _read(beside if beside.exists() or not locate(base).exists() else locate(base), (*stack, file))
+        beside, shipped = file.parent / base, locate(base)
+        below_file = shipped if shipped.exists() and not beside.exists() else beside
+        below, below_where = _read(below_file, (*stack, file), f"{where[('base',)]}: base: ")
         data, where = _merge(below, data), {**below_where, **where}
     return data, where
 
@@ -230,7 +231,10 @@ def _override(data: Data, where: Where, text: str) -> Data:
     path: KeyPath = tuple(int(k) if re.fullmatch("[0-9]{1,9}", k) else k for k in key.split("."))
     if not equals or not all(str(k) for k in path) or len(path) > MAX_DEPTH:
         raise UserError(f"override '{text}': expected key.sub=value")
-    parsed, inner = parse_yaml(value, f"override '{text}'") if value.strip() else (None, {})
+    try:
+        parsed, inner = parse_yaml(value, "") if value.strip() else (None, {})
+    except UserError as e:
+        raise UserError(f"override '{text}': " + re.sub(r"^[:0-9]*: ", "", str(e))) from None
 
     def put(node: Any, rest: KeyPath) -> Any:
         if not rest:
@@ -270,7 +274,9 @@ def known_keys(model: type[BaseModel], path: KeyPath) -> list[str]:
     for key in path:
         if isinstance(key, int):  # an entry of a list: the list's own type already named the class
             continue
-        models = [m for owner in models if key in owner.model_fields for m in _models_in(owner.model_fields[key].annotation)]
+        models = [
+            m for owner in models if key in owner.model_fields for m in _models_in(owner.model_fields[key].annotation)
+        ]
     return list(dict.fromkeys(name for m in models for name in m.model_fields))
 
 
@@ -316,7 +322,7 @@ def validate(model: type[BaseModel], data: Data, where: Where | None = None) -> 
     """Builds a configuration from plain data. Raises UserError that names every wrong key and where it stands."""
     where = {(): "<data>"} if where is None else where
     try:
-        # JSON mode is strict where it should be ("yes" is no bool, 1.5 no int) and lets a list be a tuple, an int a float.
+        # JSON mode is strict where it should be ("yes" is no bool, 1.5 no int); a list may be a tuple, an int a float.
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as e:
         raise UserError(_explain(model, where, e)) from None
@@ -324,7 +330,9 @@ def validate(model: type[BaseModel], data: Data, where: Where | None = None) -> 
         raise UserError(f"{where[()]}: {e}") from None
 
 
-def load(pick: type[BaseModel] | Callable[[Data, Where], type[BaseModel]], file: str | Path, overrides: Sequence[str] = ()) -> Any:
+def load(
+    pick: type[BaseModel] | Callable[[Data, Where], type[BaseModel]], file: str | Path, overrides: Sequence[str] = ()
+) -> Any:
     """Reads a recipe.
 
     Args:

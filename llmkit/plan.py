@@ -39,14 +39,20 @@ class Cost:
         return self.state_bytes + self.activation_bytes
 
 
+def count_hidden(model: GPTConfig) -> int:
+    """Parameters of the blocks' matrices: what Muon updates."""
+    D, E = model.d_model, model.width_of_head
+    return model.n_layers * (2 * D * (model.n_heads + model.kv_heads) * E + 3 * D * model.width_of_mlp)
+
+
 def count_params(model: GPTConfig) -> tuple[int, int]:
     """(all parameters, those of the embeddings)."""
     D, E, F = model.d_model, model.width_of_head, model.width_of_mlp
     q, kv = model.n_heads * E, model.kv_heads * E
-    block = 2 * D * q + 2 * D * kv + 3 * D * F + 2 * D
-    block += (q + 2 * kv) * model.qkv_bias + D * model.o_bias + (2 * F + D) * model.mlp_bias + 2 * E * model.qk_norm
+    vectors = 2 * D + 2 * E * model.qk_norm  # norms, then biases
+    vectors += (q + 2 * kv) * model.qkv_bias + D * model.o_bias + (2 * F + D) * model.mlp_bias
     embedding = (model.vocab_size or 0) * D * (1 if model.tie_embeddings else 2)
-    return model.n_layers * block + embedding + D, embedding
+    return count_hidden(model) + model.n_layers * vectors + embedding + D, embedding
 
 
 def flops_per_token(model: GPTConfig, seq_len: int) -> float:
@@ -59,28 +65,31 @@ def flops_per_token(model: GPTConfig, seq_len: int) -> float:
 
 def cost_of(
     model: GPTConfig, *, seq_len: int, micro_tokens: int, precision: str, optimizer: str, loss_chunk: int,
-    activation_checkpointing: bool, ema: bool,
+    activation_checkpointing: bool, ema: bool, momentum: bool = False,
 ) -> Cost:  # fmt: skip
     """The cost of training one replica.
 
-    Memory of the state is exact; that of activations counts the tensors autograd keeps per token and block in eager mode,
-    and is meant to be right within a third.
+    Memory of the state is exact, but for AdamW's 4 bytes a tensor; that of activations counts the tensors autograd
+    keeps per token and block in eager mode, and is right within a third in fp32. In bf16 on a CPU they are about
+    twice the estimate, since norms and short attention keep fp32 copies there. `momentum`: whether SGD has one.
     """
     n_params, embedding = count_params(model)
     width, wide = BYTES[precision], 8 if precision == "fp64" else 4
-    moments = {"adamw": 2, "muon": 1, "sgd": 0}[optimizer]
+    # Muon has one moment for each weight of a hidden matrix, and AdamW's two for everything else.
+    moments = {"adamw": 2 * n_params, "muon": 2 * n_params - count_hidden(model), "sgd": n_params * momentum}[optimizer]
     master = wide if width != wide else 0
-    per_param = width + master + wide * (1 + moments + ema)  # weights, master, gradient, optimizer, average
-    state = n_params * per_param
+    checkpoint = n_params * (width + master + wide * ema) + wide * moments  # weights, master, average, optimizer
+    state = checkpoint + n_params * wide  # and the gradient
     D, F, heads = model.d_model, model.width_of_mlp, (model.n_heads + 2 * model.kv_heads) * model.width_of_head
-    per_token = D * width if activation_checkpointing else (8 * D + 3 * heads + 4 * F) * width
-    activations = micro_tokens * model.n_layers * per_token + loss_chunk * (model.vocab_size or 0) * (width + 2 * wide)
-    checkpoint = n_params * (width + master + wide * (moments + ema))
+    block = (8 * D + 3 * heads + 4 * F) * width  # bytes per token
+    # With checkpointing: every block's input, and one block recomputed with its gradients (measured: 2.2 blocks).
+    per_token = model.n_layers * D * width + 2.2 * block if activation_checkpointing else model.n_layers * block
+    activations = micro_tokens * per_token + loss_chunk * (model.vocab_size or 0) * (width + 2 * wide)
     return Cost(n_params, embedding, flops_per_token(model, seq_len), state, round(activations), checkpoint)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take, None where nobody tells: of the GPU, or of the machine and its container."""
+    """Bytes that this process may still take on the GPU, or from the machine and its container. None: nobody tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -106,16 +115,19 @@ def require_memory(cost: Cost, device: torch.device) -> None:
     free = free_memory(device)
     if free is not None and cost.state_bytes > free:
         raise UserError(
-            f"model: {cost.n_params:,} parameters need {cost.state_bytes / 1e9:,.1f} GB for weights, gradients and optimizer, "
-            f"but {free / 1e9:,.1f} GB of {device.type} memory are free: choose a smaller model, or precision: bf16"
+            f"model: {cost.n_params:,} parameters need {cost.state_bytes / 1e9:,.1f} GB for weights, gradients and "
+            f"optimizer, but {free / 1e9:,.1f} GB of {device.type} memory are free: choose a smaller model, or "
+            "precision: bf16"
         )
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that a utilisation is measured against: a GPU's data sheet, on a CPU a matrix product measured here and now."""
+    """FLOP/s that a utilisation is measured against: a GPU's data sheet; on a CPU a matrix product, measured now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((1e12 * p[precision] for key, p in _GPU_PEAK_TFLOPS.items() if key in name and precision in p), None)
+        return next(
+            (1e12 * p[precision] for key, p in _GPU_PEAK_TFLOPS.items() if key in name and precision in p), None
+        )
     if device.type != "cpu":
         return None
     n, dtype = 1024, torch.bfloat16 if precision == "bf16" else torch.float32

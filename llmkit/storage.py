@@ -1,8 +1,9 @@
 """Checkpoint folders on disk: written whole or not at all, checked before they are trusted. Files only, no torch.
 
-A folder is built under a temporary name, every file is synced, `manifest.json` (each file's size and SHA-256, and a hash
-of the manifest itself) is written last, and one rename makes it visible. So a reader that finds a folder whose manifest
-holds has found a complete one, whatever was killed, and whenever. `newest_good` is the only way in: it scans, newest first.
+A folder is built under a temporary name, every file is synced, `manifest.json` (each file's size and SHA-256, and a
+hash of the manifest itself) is written last, and one rename makes it visible. So a reader that finds a folder whose
+manifest holds has found a complete one, whatever was killed, and whenever. `newest_good` is the only way in: it scans,
+newest first.
 
 All file operations go through `disk`, which the tests replace by one that fails or dies at the n-th operation.
 """
@@ -341,7 +342,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint that holds, and each newer one that was passed over with a sentence that says why."""
-    passed_over = {}
+    passed_over: dict[Path, str] = {}
     for folder in checkpoints_of(run):
         try:
             verify(folder)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,24 @@ import yaml
 from llmkit import storage
 from llmkit.storage import Damaged, Disk, checkpoints_of, newest_good, sha256_of, verify
 
-WORDS = "the a cat dog bird sat ran flew on under over mat tree hill and then it was still there red big old".split()
+WORDS = (
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "under",
+    "mat",
+    "tree",
+    "hill",
+    "then",
+    "it",
+    "was",
+)
 
 
 def write_text(path: Path, n_words: int = 1200) -> Path:
@@ -72,11 +89,11 @@ def train(recipe: Path, *overrides: str) -> int:
     return main(["train", str(recipe), *overrides])
 
 
-# --- what must be equal ------------------------------------------------------------------------------------------------
+# --- what must be equal ----------------------------------------------------------------------------------------------
 
 
 def result_of(run: Path) -> dict[str, str]:
-    """SHA-256 of everything that is promised to be bitwise equal: the final checkpoint but its manifest, and the logs."""
+    """SHA-256 of all that is promised to be bitwise equal: the final checkpoint but its manifest, and the logs."""
     final, passed_over = newest_good(run)
     assert final is not None and not passed_over, passed_over
     files = {p.relative_to(final).as_posix(): sha256_of(p) for p in final.rglob("*") if p.is_file()}
@@ -124,7 +141,7 @@ def flip_bit(path: Path, bit: int) -> None:
         f.write(bytes([byte ^ (1 << bit % 8)]))
 
 
-# --- a disk that fails or dies -----------------------------------------------------------------------------------------
+# --- a disk that fails or dies ---------------------------------------------------------------------------------------
 
 
 class Crash(BaseException):
@@ -189,7 +206,7 @@ class ShimDisk(Disk):
         super().remove_tree(path)
 
 
-# --- processes ---------------------------------------------------------------------------------------------------------
+# --- processes -------------------------------------------------------------------------------------------------------
 
 
 class Child:
@@ -285,11 +302,10 @@ def _serve() -> None:
         code = 1
         try:
             code = main(request["argv"])
-        except BaseException:  # noqa: BLE001 (what an interpreter would do)
+        except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
         os._exit(code)
-
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_z_loss_stays_out_of_the_shown_loss() -> None:
 
 
 def test_bf16_statistics_are_wide() -> None:
-    """B12: from bf16 logits on, everything is fp32. What remains is the rounding of the logits themselves (2**-9 each)."""
+    """B12: from bf16 logits on, everything is fp32. What remains is the rounding of the logits themselves."""
     hidden, weight, labels = case(torch.bfloat16, ignored=0.0)
     out = linear_cross_entropy(hidden, weight, labels, chunk=16)
     assert out.total.dtype == torch.float32 and out.parts["loss"].dtype == torch.float64
@@ -252,7 +252,7 @@ def cycle_shards(tmp_path: Path) -> TokenShards:
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_shift(cycle_shards: TokenShards, packing: bool) -> None:
-    """B6, B7: who knows the next token of each document has no loss; who repeats the current one, or jumps, has much."""
+    """B6, B7: who knows each document's next token has no loss; who repeats the current one, or jumps, has much."""
     loader = RowLoader([cycle_shards], row_len=16, rows_per_step=4, pad_id=0, packing=packing, prefetch=0)
     loss, means = next_token_loss(0.0, 32), []
     for ahead in (0, 1, 2):

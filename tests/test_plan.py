@@ -87,7 +87,7 @@ def test_state_is_exact(precision: str, ema: bool, name: str, momentum: float | 
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT, init_weights
 from llmkit.training.config import OptimConfig, RunConfig
@@ -106,7 +106,8 @@ def step(config, rows, T):
     engine = Engine(model, RunConfig(out="unused", precision=options["precision"]))
     ids = torch.zeros(rows, T, dtype=torch.int64)
     docs = torch.zeros(rows, T, dtype=torch.int32)
-    engine.update([Batch(ids, ids, torch.arange(T).expand(rows, T), docs, float(ids.numel()))], next_token_loss(0.0, 256))
+    batch = Batch(ids, ids, torch.arange(T).expand(rows, T), docs, float(ids.numel()))
+    engine.update([batch], next_token_loss(0.0, 256))
 
 small = GPTConfig(n_layers=1, n_heads=1, d_model=8, vocab_size=8)
 step(small, 1, 8)  # everything is loaded

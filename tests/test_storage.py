@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import reliability
+from reliability import Crash, ShimDisk, flip_bit, good_steps
+
 from llmkit import storage
 from llmkit.config import MachineError, UserError
 from llmkit.storage import Damaged, Draft, newest_good, read_manifest, resolve_model, run_lock, step_name, sweep, verify
-from reliability import Crash, ShimDisk, flip_bit, good_steps
 
 PACKAGE = Path(storage.__file__).parent
 
@@ -55,7 +55,8 @@ def test_every_flipped_bit_is_seen_and_the_checkpoint_before_is_taken(run: Path)
     assert newest / "manifest.json" in files and len(files) >= 7
     pick = random.Random(1)
     flips = [(f, bit) for f in files for bit in (0, 8 * f.stat().st_size - 1)]
-    flips += [(newest / "manifest.json", pick.randrange(8 * (newest / "manifest.json").stat().st_size)) for _ in range(100)]
+    manifest = newest / "manifest.json"
+    flips += [(manifest, pick.randrange(8 * manifest.stat().st_size)) for _ in range(100)]
     while len(flips) < 500:
         file = pick.choice(files)
         flips.append((file, pick.randrange(8 * file.stat().st_size)))
@@ -69,7 +70,9 @@ def test_every_flipped_bit_is_seen_and_the_checkpoint_before_is_taken(run: Path)
     assert newest_good(run) == (newest, {})
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state/optimizer.safetensors", "manifest.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "trainer_state/optimizer.safetensors", "manifest.json", "config.json"]
+)
 def test_every_truncation_is_seen(run: Path, name: str) -> None:
     """C2: at 0, 1, 8 bytes, around the safetensors header, at every 64th and at the last byte."""
     file = run / "checkpoints" / step_name(8) / name
@@ -126,7 +129,14 @@ def test_a_manifest_of_a_later_format_is_refused(run: Path) -> None:
 
 def test_folders_of_every_unfinished_kind_are_not_checkpoints(run: Path) -> None:
     """B96, B97: names that almost match, an empty one, a file, half a save."""
-    for name in ("step-00000099.tmp-0a1b2c3d", ".trash-step-00000099-0a1b2c3d", "step-99", "step-00000099x", "step-00000098"):
+    names = (
+        "step-00000099.tmp-0a1b2c3d",
+        ".trash-step-00000099-0a1b2c3d",
+        "step-99",
+        "step-00000099x",
+        "step-00000098",
+    )
+    for name in names:
         (run / "checkpoints" / name).mkdir()
     (run / "checkpoints" / "step-00000097").write_text("a file")
     good, passed_over = newest_good(run)
@@ -236,18 +246,19 @@ def test_free_space_is_asked_before_anything_is_written(tmp_path: Path, monkeypa
 def test_other_errors_than_the_machine_s_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), storage.machine_errors(tmp_path):
         (tmp_path / "nothing").read_bytes()
-    with pytest.raises(MachineError, match=r"x/y: No space left on device \([\d,]+ bytes are free\)"):
-        with storage.machine_errors(tmp_path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x/y")
+    said = r"x/y: No space left on device \([\d,]+ bytes are free\)"
+    with pytest.raises(MachineError, match=said), storage.machine_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x/y")
 
 
-# --- C10: nothing that is read can run ---------------------------------------------------------------------------------
+# --- C10: nothing that is read can run -------------------------------------------------------------------------------
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
 CALLS = {"eval", "exec", "__import__"}
 METHODS = {
     ("torch", "load"), ("torch", "save"), ("os", "system"),
-    ("dist", "broadcast_object_list"), ("dist", "all_gather_object"), ("dist", "gather_object"), ("dist", "scatter_object_list"),
+    ("dist", "broadcast_object_list"), ("dist", "all_gather_object"), ("dist", "gather_object"),
+    ("dist", "scatter_object_list"),
 }  # fmt: skip
 
 
@@ -292,7 +303,7 @@ def read():
 
 read()  # whatever is imported lazily, is now
 events = []
-watched = {"pickle.find_class", "marshal.loads", "exec", "compile", "import", "os.system", "os.exec", "subprocess.Popen"}
+watched = {"pickle.find_class", "marshal.loads", "exec", "compile", "import", "os.system", "subprocess.Popen"}
 sandboxed = lambda args: "<template>" in str(args[-1])  # the chat template, compiled by Jinja's sandbox
 sys.addaudithook(lambda event, args: events.append(event) if event in watched and not sandboxed(args) else None)
 read()

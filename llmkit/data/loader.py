@@ -52,7 +52,8 @@ def _batch(rows: Rows, pin_memory: bool) -> Batch:
     arrays = (rows.ids_BT, rows.labels_BT, rows.positions_BT, rows.docs_BT)
     tensors = (torch.from_numpy(a) for a in arrays)
     ids, labels, positions, docs = (t.pin_memory() if pin_memory else t for t in tensors)
-    return Batch(ids, labels, positions, docs, float(np.count_nonzero(rows.labels_BT != IGNORE)))
+    n_labels = float(np.count_nonzero(rows.labels_BT != IGNORE))
+    return Batch(ids, labels, positions, docs, n_labels, one_document=bool((rows.docs_BT <= 0).all()))
 
 
 class RowLoader:

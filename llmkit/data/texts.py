@@ -33,7 +33,7 @@ def texts(cfg: DataConfig, normalize: Callable[[str], str], split: str = KEPT) -
 
 
 def obtain_tokenizer(cfg: TokenizerConfig, data: DataConfig, out: Path) -> Tokenizer:
-    """The tokenizer of a recipe: loaded from its `path`, else from `out`, else trained on the training text and kept there.
+    """The tokenizer of a recipe: loaded from its `path`, else from `out`, else trained on the text and kept there.
 
     What is kept in `out` counts only if it was made from the same section of the recipe.
     """
@@ -41,7 +41,7 @@ def obtain_tokenizer(cfg: TokenizerConfig, data: DataConfig, out: Path) -> Token
         return Tokenizer.from_config(cfg)
     if (out / "recipe.yaml").is_file() and (out / "recipe.yaml").read_text("utf-8") == dump(cfg):
         return Tokenizer.load(out)
-    # The normaliser must be known before the tokenizer is, for documents are split by the hash of their normalised text.
+    # The normaliser must be known before the tokenizer is: documents are split by the hash of their normalised text.
     normalize = Tokenizer.train((), TokenizerConfig(kind="byte", normalize=cfg.normalize)).normalize
     tokenizer = Tokenizer.train(texts(data, normalize), cfg)
     for name, content in tokenizer.files().items():

@@ -26,13 +26,16 @@ def run(args: argparse.Namespace) -> int:
     options = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
-        "top_k": args.top_k or 0,
-        "top_p": 1.0 if args.top_p is None else args.top_p,
-        "min_p": args.min_p or 0.0,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
         "stop": args.stop,
         "seed": args.seed,
     }
-    sampling: SamplingConfig = validate(SamplingConfig, options, {(): "generate"})
+    given = {name: value for name, value in options.items() if value is not None}
+    sampling: SamplingConfig = validate(SamplingConfig, given, {(): "generate"})
+    if args.candidates is not None and args.candidates < 1:
+        raise UserError(f"generate: candidates: must be at least 1 (got {args.candidates})")
     folder = resolve_model(args.model)
     tokenizer = Tokenizer.load(folder)
     dtype = _DTYPES[args.precision] if args.precision else None
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     def show(row: int, token: int) -> None:
         print(stream.push(token), end="", flush=True)
 
-    (result,) = generate(model, [ids], sampling, tokenizer=tokenizer, seeds=[args.seed], on_token=show)
+    (result,) = generate(model, [ids], sampling, tokenizer=tokenizer, seeds=[sampling.seed], on_token=show)
     print(stream.finish())
     if result.finish_reason == "length" and len(result.ids) < sampling.max_new_tokens:
         print(f"note: the context of {model.config.max_seq_len} tokens is full", file=sys.stderr)
@@ -55,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
 
 def is_chat_model(folder: Path, tokenizer: Tokenizer) -> bool:
     """Whether prompts belong into the chat template: it has one, and is not a base model of ours."""
-    facts = json.loads((folder / "config.json").read_bytes()).get("llmkit") or {}
-    return tokenizer.template is not None and facts.get("stage") != "pretrain"
+    facts = json.loads((folder / "config.json").read_bytes()).get("llmkit")
+    is_base = isinstance(facts, dict) and facts.get("stage") == "pretrain"
+    return tokenizer.template is not None and not is_base
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, system: str | None, chat: bool) -> list[int]:

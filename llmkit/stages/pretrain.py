@@ -198,6 +198,7 @@ def cost(recipe: PretrainRecipe, config: GPTConfig) -> Cost:
         loss_chunk=recipe.loss_chunk,
         activation_checkpointing=recipe.activation_checkpointing,
         ema=recipe.optim.ema_decay is not None,
+        momentum=bool(recipe.optim.momentum),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmkit.config import UserError
 from llmkit.model.gpt import GPT
-from llmkit.model.hf import read_config, read_tensors, shapes_of, weight_files
+from llmkit.model.hf import count_parameters, read_config, read_tensors, shapes_of, weight_files
 from llmkit.storage import MANIFEST, Damaged, checkpoints_of, verify
 
 
@@ -26,17 +26,23 @@ def problems_of(folder: Path) -> list[str]:
         except Damaged as e:
             return [str(e)]  # no use in reading on
     try:
+        config, files = read_config(folder), weight_files(folder)
+        n_params, on_disk = count_parameters(config), sum(file.stat().st_size for file in files)
+        if n_params > on_disk:  # a config.json may claim anything, so it isn't built before this is known
+            return [f"config.json asks for {n_params} parameters, the weights are {on_disk} bytes"]
         with torch.device("meta"):
-            own = {n: tuple(p.shape) for n, p in GPT(read_config(folder)).named_parameters()}
-        files = weight_files(folder)
+            own = {n: tuple(p.shape) for n, p in GPT(config).named_parameters()}
         found = shapes_of(files)
+        if config.tie_embeddings:
+            found.pop("lm_head.weight", None)  # some writers repeat the tied tensor
         for name in sorted(own.keys() | found.keys()):
-            if own.get(name) != found.get(name):
-                problems.append(f"{name}: config.json asks for {own.get(name, 'nothing')}, found {found.get(name, 'nothing')}")
+            asked, got = own.get(name, "nothing"), found.get(name, "nothing")
+            if asked != got:
+                problems.append(f"{name}: config.json asks for {asked}, found {got}")
         for file in [*files, *sorted((folder / "trainer_state").glob("*.safetensors"))]:
             for name, tensor in read_tensors(file):
-                if tensor.is_floating_point() and not tensor.isfinite().all():
-                    problems.append(f"{file.relative_to(folder)}: {name}: {int((~tensor.isfinite()).sum())} values are not finite")
+                if tensor.is_floating_point() and (n_bad := int((~tensor.isfinite()).sum())):
+                    problems.append(f"{file.relative_to(folder)}: {name}: {n_bad} values are not finite")
     except UserError as e:
         problems.append(str(e))
     return problems
@@ -48,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     folders = checkpoints_of(folder) or [folder]
+    if folders == [folder] and not any((folder / name).is_file() for name in (MANIFEST, "config.json")):
+        raise UserError(f"{folder}: holds neither config.json nor checkpoints: give a run, a checkpoint or a model")
     bad = 0
     for one in folders:
         problems = problems_of(one)

@@ -13,9 +13,9 @@ from llmkit.inference.config import SamplingConfig
 class BatchConfig(Config):
     """Global sizes: what one optimizer step sees, over all ranks and micro-batches. Accumulation is derived."""
 
-    tokens_per_step: int = Field(16384, ge=1, le=1 << 40)
+    tokens_per_step: int = Field(16384, ge=1, le=1 << 30)
     """Tokens of one optimizer step; with rows of a fixed length, a multiple of that length."""
-    micro_tokens: int | None = Field(None, ge=1)
+    micro_tokens: int | None = Field(None, ge=1, le=1 << 24)
     """Most tokens of one forward pass on one rank. Default: min(8192, the rank's share). Changes memory, not results."""
     max_len: int | None = Field(None, ge=2)
     """Row length in tokens. Default: the model's max_seq_len."""

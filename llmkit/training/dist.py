@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from llmkit.config import MachineError, UserError
 
@@ -27,7 +29,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     store: Any = None
 
     @property
@@ -42,8 +44,10 @@ class Ranks:
 
     def sum_numbers(self, *numbers: float) -> list[float]:
         """Adds numbers up over all ranks, in fp64 (fp32 on MPS, which has no fp64)."""
+        if self.world == 1:
+            return list(numbers)
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return list(self.sum_(torch.tensor(numbers, dtype=dtype, device=self.device)).tolist()) if self.world > 1 else list(numbers)
+        return list(self.sum_(torch.tensor(numbers, dtype=dtype, device=self.device)).tolist())
 
     def sum_hash(self, value: int) -> int:
         """Adds 63-bit hashes up over all ranks, modulo 2^63."""
@@ -107,7 +111,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         if not torch.cuda.is_available():
             raise UserError("device: cuda, but no CUDA device is visible: set device: auto, or check the driver")
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{torch.cuda.device_count()} CUDA devices for local rank {local_rank}: start fewer processes per node")
+            raise UserError(
+                f"{torch.cuda.device_count()} CUDA devices for local rank {local_rank}: start fewer processes per node"
+            )
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps, but it is not available: set device: auto")
@@ -128,7 +134,8 @@ def connect(device: str, timeout_s: float = 600.0) -> Ranks:
         torch.cuda.set_device(picked)
     if world == 1:
         return Ranks(device=picked)
-    store, rank, world = next(iter(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=timeout_s))))
+    meeting = rendezvous("env://", rank, world, timeout=timedelta(seconds=timeout_s))
+    store, rank, world = next(iter(meeting))
     backend = "nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
-    return Ranks(rank, world, local_rank, picked, dist.PrefixStore("llmkit", store))
+    return Ranks(rank, world, local_rank, picked, PrefixStore("llmkit", store))

@@ -1,8 +1,8 @@
 """Module + optimizer: the only place where gradients are made and applied.
 
 Weights may be kept twice: in the precision they are computed with, and as fp32 masters that the optimizer updates.
-Gradients of every micro-batch are added up in one flat fp32 buffer, which is summed over ranks as a whole: so the result
-depends neither on how a batch is cut nor on the order in which gradients become ready.
+Gradients of every micro-batch are added up in one flat fp32 buffer, which is summed over ranks as a whole: so the
+result depends neither on how a batch is cut nor on the order in which gradients become ready.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ class Engine:
             raise UserError(f"step {self.step + 1}: no position of the batch is trained on")
         self._first = dict.fromkeys(self._first, True)
         parts: dict[str, Tensor] = {}
+        sums_dtype = torch.float32 if self.ranks.device.type == "mps" else torch.float64  # MPS has no fp64
         self.module.train()
         for i, batch in enumerate(batches):
             # Dropout is a function of (seed, step, micro-batch, rank): a resumed run draws what it would have drawn.
@@ -144,7 +145,8 @@ class Engine:
             out = loss_fn(self.module, batch.to(self.ranks.device))
             (out.total * (self.loss_scale / denominator)).backward()
             for name, value in out.parts.items():
-                parts[name] = parts[name] + value.double() if name in parts else value.double()
+                value = value.detach().to(sums_dtype)
+                parts[name] = parts[name] + value if name in parts else value
         for name, untouched in self._first.items():
             if untouched:  # no micro-batch of this rank reached the parameter
                 self.grads[name].zero_()

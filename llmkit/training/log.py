@@ -1,7 +1,7 @@
 """What a run shows and records.
 
-`metrics.jsonl` holds only what is deterministic, a line a step and one for each evaluation; `timing.jsonl` holds speeds and
-times. `train.log` gets plain lines; a terminal gets one live line beside them. Only rank 0 writes.
+`metrics.jsonl` holds only what is deterministic, a line a step and one for each evaluation; `timing.jsonl` holds speeds
+and times. `train.log` gets plain lines; a terminal gets one live line beside them. Only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -165,7 +165,14 @@ def plot_curves(out: Path, title: str) -> Path | None:
     for name, points in curves.items():
         if points:
             train = name == "train/loss"
-            axes.plot(*zip(*points, strict=True), label=name, lw=0.8 if train else 2, alpha=0.5 if train else 1, marker="" if train else "o", ms=3)
+            axes.plot(
+                *zip(*points, strict=True),
+                label=name,
+                lw=0.8 if train else 2,
+                alpha=0.5 if train else 1,
+                marker="" if train else "o",
+                ms=3,
+            )
     first = next(points[0][1] for points in curves.values() if points)
     axes.set(xlabel="step", ylabel="nats per token", title=title, ylim=(0, 1.05 * first))
     axes.grid(alpha=0.3)

@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from llmkit.config import dump, flatten, Interrupted, UserError
+from llmkit.config import Interrupted, UserError, dump, flatten
 from llmkit.plan import peak_flops
 from llmkit.storage import (
     checkpoints_of,
@@ -153,10 +153,12 @@ def train(config: RunConfig, task: Task) -> Outcome:
     with stop.listening(), machine_errors(out):
         ranks = connect(config.device)
         try:
-            with run_lock(out) if ranks.is_main else contextlib.nullcontext():
+            with contextlib.ExitStack() as held:
                 # Rank 0 looks and tells: the others might look after it has written.
-                looked = (_changed_keys(config, out), (out / "DONE").is_file()) if ranks.is_main else None
-                changed, done = ranks.from_main(looked)
+                looked = _look(config, out, held) if ranks.is_main else None
+                refused, changed, done = ranks.from_main(looked)
+                if refused:
+                    raise UserError(refused)
                 if done and not changed:
                     if ranks.is_main:
                         print(f"{out}: this run is finished: nothing to do")
@@ -168,6 +170,15 @@ def train(config: RunConfig, task: Task) -> Outcome:
                     log.close()
         finally:
             ranks.close()
+
+
+def _look(config: RunConfig, out: Path, held: contextlib.ExitStack) -> tuple[str | None, list[str], bool]:
+    """Takes the run's folder: why that is refused, what differs in the recipe, and whether the run is finished."""
+    try:
+        held.enter_context(run_lock(out))
+    except UserError as e:
+        return str(e), [], False
+    return None, _changed_keys(config, out), (out / "DONE").is_file()
 
 
 def _changed_keys(config: RunConfig, out: Path) -> list[str]:
@@ -230,8 +241,11 @@ class _Run:
         if changed and started and not self.config.allow_changes:
             raise UserError(
                 "\n".join(
-                    [f"{self.out}: the run was started with another recipe:", *(f"  {c}" for c in changed)]
-                    + ["put it back, choose another `out`, or allow it with allow_changes=true"]
+                    [
+                        f"{self.out}: the run was started with another recipe:",
+                        *(f"  {c}" for c in changed),
+                        "put it back, choose another `out`, or allow it with allow_changes=true",
+                    ]
                 )
             )
         if not self.ranks.is_main:
@@ -290,6 +304,8 @@ class _Run:
 
     def _loop(self) -> Outcome:
         config, engine = self.config, self.engine
+        if self.ranks.is_main:
+            self.saver.reserve(engine.tensors())
         meter = _Meter(self, peak_flops(self.ranks.device, config.precision))
         self.log.start_bar(engine.step, config.steps)
         with contextlib.ExitStack() as profiling:
@@ -350,7 +366,7 @@ class _Run:
         return patience is not None and self.progress.bad_evals >= patience
 
     def _save_due(self) -> bool:
-        """Whether the recipe asks for a checkpoint here: a function of the step alone, whatever the run has been through."""
+        """Whether the recipe asks for a checkpoint here: a function of the step alone, not of the run's history."""
         step, every = self.engine.step, self.config.save_every
         return step == self.config.steps or (every is not None and step % every == 0 and step > 0)
 
@@ -359,6 +375,7 @@ class _Run:
         step, progress = self.engine.step, self.progress
         if step in (0, self.saved_step):
             return
+        started = time.perf_counter()
         if bad := checkpoint.non_finite(self.engine.tensors()):
             raise NonFinite(step, {"weights": math.nan}, bad)
         self.saved_step = step
@@ -372,10 +389,14 @@ class _Run:
             "world": self.ranks.world,
         }
         blobs = {**self.task.files(self.engine), "trainer_state/state.json": to_json(state).encode()}
-        facts = {"world_size": self.ranks.world, "run": self.out.name, "recipe": flatten(json.loads(self.config.model_dump_json()))}
+        facts = {
+            "world_size": self.ranks.world,
+            "run": self.out.name,
+            "recipe": flatten(json.loads(self.config.model_dump_json())),
+        }
         best = progress.best_saved_step if self.config.save.keep_best else None
         self.saver.save(step, self.engine.tensors(), blobs, {**facts, **self.task.facts()}, best)
-        self.log.timing({"step": step, "save_blocked_s": round(self.saver.blocked_s, 4)})
+        self.log.timing({"step": step, "save_blocked_s": round(time.perf_counter() - started, 4)})
 
     def _profile(self, stack: contextlib.ExitStack) -> None:
         steps = self.config.log.profile_steps
@@ -406,12 +427,14 @@ class _Run:
                 self._record_evaluation(metrics)
         if outcome is Outcome.PREEMPTED:
             self._mark("PREEMPTED")
-            self.log.say(f"stopped by {self._signal} at step {step}, saved: start again to go on")
+            where = f"at step {step}, saved" if step else "before the first step"
+            self.log.say(f"stopped by {self._signal} {where}: start again to go on")
         elif outcome is Outcome.PAUSED:
             self.log.say(f"stop_at: step {step} of {self.config.steps}, saved")
         elif self.ranks.is_main:
             if self._plateau():
-                self.log.say(f"no better validation loss in {self.progress.bad_evals} evaluations: stopped at step {step}")
+                bad = self.progress.bad_evals
+                self.log.say(f"no better validation loss in {bad} evaluations: stopped at step {step}")
             self.log.sync()
             self._mark("DONE", {"step": step, "best_valid_loss": self.progress.best_loss})
         if self.ranks.is_main and self.config.log.plot and outcome is not Outcome.PREEMPTED:
@@ -487,4 +510,3 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "world_size": ranks.world,
     }
-

@@ -58,7 +58,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns as wide as needed; the first, and every column of words, to the left."""
     cells = [[str(c) for c in header], *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    words = [i == 0 or all(not row[i][:1].isdigit() for row in cells[1:]) for i in range(len(header))]
+    words = [i == 0 or all(not row[i].lstrip("+-")[:1].isdigit() for row in cells[1:]) for i in range(len(header))]
     lines = [
         "  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, words, strict=True)).rstrip()
         for row in cells

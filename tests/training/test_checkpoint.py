@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from reliability import Crash, ShimDisk, flip_bit, good_steps, leftovers
 from torch import Tensor
 
 from llmkit import storage
 from llmkit.config import MachineError
 from llmkit.storage import newest_good, set_aside, step_name, sweep, verify
 from llmkit.training.checkpoint import Checkpointer, load, non_finite
-from reliability import Crash, ShimDisk, flip_bit, good_steps, leftovers
 
 ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES]
 Disks = Callable[[ShimDisk], ShimDisk]
@@ -274,7 +274,8 @@ def test_a_really_full_disk(tmp_path: Path, use: Disks) -> None:
     """C3 on a small tmpfs, with the free-space check blinded so that the write itself fails."""
     small = tmp_path / "small"
     small.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
     try:
@@ -342,7 +343,8 @@ def test_a_damaged_newer_checkpoint_is_not_counted_among_those_to_keep(tmp_path:
 
 def test_non_finite_tensors_are_named() -> None:
     tensors = state(1)
-    assert non_finite(tensors) == []
+    tensors["model.safetensors"]["large.weight"] = torch.full((8, 8), 3e38)  # its sum overflows, it doesn't
+    assert non_finite(tensors) == [] == non_finite({"f": {"empty": torch.empty(0), "count": torch.tensor(3)}})
     tensors["model.safetensors"]["head.weight"][3, 3] = float("nan")
     tensors["trainer_state/ema.safetensors"]["embed.weight"][0, 1] = -float("inf")
     assert non_finite(tensors) == ["model.safetensors: head.weight", "trainer_state/ema.safetensors: embed.weight"]

@@ -14,14 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from llmkit.config import UserError
-from llmkit.data.loader import RowLoader
-from llmkit.data.shards import TokenShards
-from llmkit.losses import LossSum
-from llmkit.training.dist import Ranks
-from llmkit.training.engine import Engine, NonFinite, seed_of
-from llmkit.training.supervised import next_token_loss
 from toys import (
     Points,
     largest_difference,
@@ -36,6 +28,14 @@ from toys import (
     uneven_documents,
     write_shards,
 )
+
+from llmkit.config import UserError
+from llmkit.data.loader import RowLoader
+from llmkit.data.shards import TokenShards
+from llmkit.losses import LossSum
+from llmkit.training.dist import Ranks
+from llmkit.training.engine import Engine, NonFinite, seed_of
+from llmkit.training.supervised import next_token_loss
 
 LOSS = next_token_loss(z_loss=1e-3, chunk=24)
 
@@ -111,7 +111,7 @@ def test_two_steps_by_hand() -> None:
 
 @pytest.mark.parametrize("clip", [0.03, 1e6])
 def test_clip_is_of_the_whole_gradient(clip: float) -> None:
-    """B9: the norm is that of the whole step, before the clip, as torch computes it; the clip scales all tensors alike."""
+    """B9: the norm is that of the whole step, before the clip, as torch has it; the clip scales all tensors alike."""
     data, plain = [points(2, seed=s) for s in range(4)], linear()
     module = linear()
     start = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -121,7 +121,9 @@ def test_clip_is_of_the_whole_gradient(clip: float) -> None:
     metrics = Engine(module, recipe(name="sgd", lr=1.0, weight_decay=0.0, clip=clip)).update(data, regression)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-13)
     for n, p in plain.named_parameters():
-        torch.testing.assert_close(start[n] - p.grad, module.get_parameter(n).detach(), rtol=0, atol=2e-6 * min(clip, norm))
+        torch.testing.assert_close(
+            start[n] - p.grad, module.get_parameter(n).detach(), rtol=0, atol=2e-6 * min(clip, norm)
+        )
     moved = math.sqrt(sum((p.detach() - start[n]).square().sum().item() for n, p in module.named_parameters()))
     assert moved == pytest.approx(min(clip, norm), rel=1e-12)
 
@@ -189,14 +191,16 @@ def test_documents_of_a_row_are_apart(tmp_path: Path) -> None:
 
 
 def spoil(where: str, value: float, module: nn.Module) -> Any:
-    """A loss function with one bad number: in the loss itself, or in one tensor's gradient of the second micro-batch."""
+    """A loss function with one bad number: in the loss, or in one tensor's gradient, of the second micro-batch."""
     calls = 0
 
     def loss(module: nn.Module, batch: Points) -> LossSum:
         nonlocal calls
         calls += 1
         out = regression(module, batch)
-        return LossSum(out.total * value, {"loss": out.total.detach() * value}) if where == "loss" and calls == 2 else out
+        return (
+            LossSum(out.total * value, {"loss": out.total.detach() * value}) if where == "loss" and calls == 2 else out
+        )
 
     def bad(grad: Tensor) -> Tensor:
         grad = grad.clone()
@@ -336,7 +340,7 @@ def test_dropout_is_a_function_of_where_it_is() -> None:
 def test_seeds() -> None:
     """Pinned: another function would silently change every run's order, dropout and samples."""
     assert seed_of(0, "dropout", 1, 2, 3) == 5655521331460689962
-    assert 0 <= min(seed_of(i) for i in range(1000)) and max(seed_of(i) for i in range(1000)) < 2**63
+    assert min(seed_of(i) for i in range(1000)) >= 0 and max(seed_of(i) for i in range(1000)) < 2**63
 
 
 def test_activation_checkpointing_keeps_dropout(shards: TokenShards) -> None:
@@ -369,7 +373,8 @@ def test_bf16_moves_as_many_weights(shards: TokenShards) -> None:
 
 def test_bf16_learns_what_fp32_learns(shards: TokenShards) -> None:
     losses = [
-        run(Engine(tiny_gpt(), recipe(p, lr=1e-2)), rows(shards, rows_per_step=2), 30)[-1]["loss"] for p in ("fp32", "bf16")
+        run(Engine(tiny_gpt(), recipe(p, lr=1e-2)), rows(shards, rows_per_step=2), 30)[-1]["loss"]
+        for p in ("fp32", "bf16")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import tiny_gpt
 
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT
 from llmkit.training.config import OptimConfig
 from llmkit.training.optim import Optimizer, decayed_names, hidden_matrices, learning_rate, orthogonalize
-from toys import tiny_gpt
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -56,7 +57,9 @@ def torch_groups(net: nn.Module, decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def compare(ours: Optimizer, weights: dict[str, Tensor], net: nn.Module, theirs: Any, bound: float, steps: int = 50) -> None:
+def compare(
+    ours: Optimizer, weights: dict[str, Tensor], net: nn.Module, theirs: Any, bound: float, steps: int = 50
+) -> None:
     """Both see the same gradients at a rate that changes; their weights stay within `bound` at every step."""
     for k in range(steps):
         grads, lr = gradients(weights, k), 1e-2 * (1 + math.cos(k / 10)) / 2
@@ -67,7 +70,9 @@ def compare(ours: Optimizer, weights: dict[str, Tensor], net: nn.Module, theirs:
         ours.step(grads, lr)
         theirs.step()
         for n, p in net.named_parameters():
-            torch.testing.assert_close(weights[n], p.detach(), rtol=bound, atol=bound, msg=lambda m, n=n, k=k: f"{n}, {k}: {m}")
+            torch.testing.assert_close(
+                weights[n], p.detach(), rtol=bound, atol=bound, msg=lambda m, n=n, k=k: f"{n}, {k}: {m}"
+            )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
@@ -138,7 +143,10 @@ def test_muon_is_torchs() -> None:
     )  # fmt: skip
     rest = [(n, p) for n, p in theirs_net.named_parameters() if n not in hidden]
     adam = torch.optim.AdamW(
-        [{"params": [p for n, p in rest if (n == "lm_head.weight") is d], "weight_decay": 0.2 * d} for d in (True, False)],
+        [
+            {"params": [p for n, p in rest if (n == "lm_head.weight") is d], "weight_decay": 0.2 * d}
+            for d in (True, False)
+        ],
         betas=(0.9, 0.95),
     )
     for k in range(10):
@@ -156,7 +164,9 @@ def test_muon_is_torchs() -> None:
 def test_muon_groups() -> None:
     """B15: q, k and v apart, each whole; embeddings, head, norms and biases are AdamW's, at the same rate."""
     net = tiny_gpt(n_layers=1, tie_embeddings=False, qkv_bias=True)
-    optimizer = Optimizer(OptimConfig(name="muon", weight_decay=0.2), {n: p.detach() for n, p in net.named_parameters()}, net)
+    optimizer = Optimizer(
+        OptimConfig(name="muon", weight_decay=0.2), {n: p.detach() for n, p in net.named_parameters()}, net
+    )
     layer = "model.layers.0."
     attention = [f"{layer}self_attn.{x}_proj" for x in "qkvo"]
     mlp = [f"{layer}mlp.{x}_proj" for x in ("gate", "up", "down")]
@@ -219,7 +229,7 @@ def test_each_parameter_in_one_group(shape: str, tied: bool, name: str) -> None:
 def test_decay_shrinks_and_nothing_else_moves() -> None:
     """With zero gradients only the decayed weights change, by lr * decay."""
     for name in ("adamw", "sgd", "muon"):
-        net, weights, optimizer = build(torch.float64, name=name, weight_decay=0.5)
+        _, weights, optimizer = build(torch.float64, name=name, weight_decay=0.5)
         start = {n: w.clone() for n, w in weights.items()}
         optimizer.step({n: torch.zeros_like(w) for n, w in weights.items()}, 0.1)
         for n, w in weights.items():
@@ -272,7 +282,7 @@ def test_schedule_edges(schedule: str) -> None:
     assert at(0, 5, warmup_steps=0) == 2.0
     assert at(0, 1000) == pytest.approx(0.2)  # the default: a hundredth of the run
     rates = [at(k, 50, min_lr_frac=0.0) for k in range(50)]
-    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False)) and min(rates) > 0
+    assert all(a >= b for a, b in itertools.pairwise(rates)) and min(rates) > 0
 
 
 def test_wsd_that_decays_throughout() -> None:

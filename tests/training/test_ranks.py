@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import tempfile
@@ -15,13 +16,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
-
-from llmkit.config import MachineError, UserError
-from llmkit.data.loader import Batch, RowLoader
-from llmkit.data.shards import TokenShards
-from llmkit.training.dist import Ranks, connect
-from llmkit.training.engine import Engine, NonFinite
-from llmkit.training.supervised import held_out, next_token_loss, supervised_step
 from toys import (
     VOCAB,
     T,
@@ -38,12 +32,21 @@ from toys import (
     write_shards,
 )
 
+from llmkit.config import MachineError, UserError
+from llmkit.data.loader import Batch, RowLoader
+from llmkit.data.shards import TokenShards
+from llmkit.training.dist import Ranks, connect
+from llmkit.training.engine import Engine, NonFinite
+from llmkit.training.supervised import held_out, next_token_loss, supervised_step
+
 LOSS = next_token_loss(z_loss=1e-3, chunk=24)
 STEPS = 3
 
 
 def _child(rank: int, world: int, port: int, work: Callable[..., Any], out: str, args: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     ranks = connect("cpu", timeout_s=30)
     try:
@@ -65,7 +68,7 @@ def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
         return [torch.load(f"{out}/{r}", weights_only=False) for r in range(world)]
 
 
-# --- what is run on every rank -----------------------------------------------------------------------------------------
+# --- what is run on every rank ---------------------------------------------------------------------------------------
 
 
 def _train(ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -127,15 +130,20 @@ def _odds_and_ends(ranks: Ranks, folder: Path) -> dict[str, Any]:
             f.write(f"{ranks.rank}\n")
         return order.read_text()
 
-    result["first"] = ranks.main_first("good", work)[:2]
+    result["first"] = ranks.main_first("good", work, KeyError)[:2]
 
-    def fail() -> None:
-        if ranks.is_main:
-            raise UserError("bad data")
-        raise AssertionError("a rank went on after rank 0 failed")
+    def fail(error: type[Exception]) -> Callable[[], None]:
+        def work() -> None:
+            raise error("bad data") if ranks.is_main else AssertionError("a rank went on after rank 0 failed")
 
-    with pytest.raises(UserError if ranks.is_main else MachineError, match="bad data" if ranks.is_main else "rank 0 failed in 'bad'"):
-        ranks.main_first("bad", fail)
+        return work
+
+    with pytest.raises(
+        UserError if ranks.is_main else MachineError, match="bad data" if ranks.is_main else "rank 0 failed in 'bad'"
+    ):
+        ranks.main_first("bad", fail(UserError), KeyError)
+    with pytest.raises(KeyError):  # the type that all ranks are to see
+        ranks.main_first("shared", fail(KeyError), KeyError)
 
     # A NaN on rank 1 alone: all ranks stop before the update, and go on together afterwards.
     engine = Engine(linear(), recipe(ema_decay=0.5), ranks)
@@ -182,15 +190,35 @@ def test_training_is_the_same(folder: Path, world: int) -> None:
         assert {**a, "data_hash": 0} == pytest.approx({**b, "data_hash": 0}, rel=1e-12)
 
 
+def brute_force(shards: TokenShards) -> float:
+    """sum(nats) / sum(labels), a document's part of a row at a time, through torch's own cross entropy."""
+    model, nats, n_labels = tiny_gpt().double().eval(), 0.0, 0
+    stream, starts = torch.from_numpy(shards.tokens(0, shards.n_tokens).astype("int64")), shards.doc_starts.tolist()
+    for first in range(0, len(stream) - 1, T):
+        last = min(first + T, len(stream) - 1)  # this row's last label; a document that begins there is no label
+        edges = [first, *(s for s in starts if first < s <= last), last + 1]
+        for a, b in itertools.pairwise(edges):
+            ids = stream[a:b]
+            if len(ids) > 1:
+                logits = model.logits(model(ids[None, :-1]))[0]
+                nats += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+                n_labels += len(ids) - 1
+    return nats / n_labels
+
+
 def test_evaluation_is_the_same(tmp_path: Path) -> None:
     """B5, B46: 7 rows on 1, 2 and 3 ranks, in batches of 1 and 2; also fewer rows than ranks. Nothing counts twice."""
     folders = {}
     for n in (1, 2, 7):
         folders[n] = tmp_path / str(n)
-        write_shards(folders[n], [[3 + (i * 7 + n) % 60 for i in range(n * T - 20 + 11)], list(range(3, 13))] if n > 1 else [[5, 6, 7, 8]])
+        write_shards(
+            folders[n],
+            [[3 + (i * 7 + n) % 60 for i in range(n * T - 20 + 11)], list(range(3, 13))] if n > 1 else [[5, 6, 7, 8]],
+        )
         assert rows(TokenShards(folders[n]), rows_per_step=1).n_rows == [n]
     expected = _evaluate(Ranks(), folders)
-    for n in folders:  # brute force: one document at a time
+    for n, folder in folders.items():
+        assert expected[10 * n + 1]["loss"] == pytest.approx(brute_force(TokenShards(folder)), rel=1e-12)
         assert expected[10 * n + 1] == pytest.approx(expected[10 * n + 2], rel=1e-12)
     assert {"loss", "perplexity", "bits_per_byte"} == set(expected[71])
     for world in (2, 3):
@@ -228,7 +256,7 @@ def test_one_rank_is_no_group() -> None:
     ranks = Ranks()
     assert ranks.any(True) and not ranks.any(False)
     assert ranks.sum_numbers(1.5, 2) == [1.5, 2] and ranks.sum_hash(2**63 + 5) == 5
-    assert ranks.from_main("x") == "x" and ranks.main_first("a", lambda: 3) == 3
+    assert ranks.from_main("x") == "x" and ranks.main_first("a", lambda: 3, KeyError) == 3
     assert not torch.distributed.is_initialized()
     ranks.close()
 

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped, or crashes anywhere ends bitwise as one that never was. Goals R1, R2, R5, R7, R8, D8."""
+"""A run that is killed, stopped or crashes anywhere ends bitwise as one that never was: R1, R2, R5, R7, R8, D8."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from llmkit import storage
-from llmkit.stages.pretrain import PretrainTask
-from llmkit.storage import Disk, checkpoints_of, newest_good, step_name
-from llmkit.training import loop
-from llmkit.training.engine import Engine
 from reliability import (
     Crash,
     Server,
@@ -34,6 +28,12 @@ from reliability import (
     train,
     wait_for,
 )
+
+from llmkit import storage
+from llmkit.stages.pretrain import PretrainTask
+from llmkit.storage import Disk, checkpoints_of, newest_good, step_name
+from llmkit.training import loop
+from llmkit.training.engine import Engine
 
 PREEMPTED, STOPPED_ITSELF, USER_MISTAKE = 75, 3, 2
 
@@ -126,7 +126,7 @@ def test_a_signal_in_a_step(world: Path, fresh: Fresh, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("step", [0, 18, 24, 48])
 def test_a_signal_in_an_evaluation(world: Path, fresh: Fresh, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """B101: it is cut short and done again; at steps without a checkpoint of their own (18), with one (24), at both ends."""
+    """B101: cut short and done again; at a step without a checkpoint of its own (18), with one (24), at both ends."""
     recipe, run = fresh()
     original = PretrainTask.evaluate
 
@@ -300,7 +300,9 @@ def test_too_little_space_is_said_before_the_first_step(
 # --- what is found on disk -------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(world: Path, fresh: Fresh, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over_aloud(
+    world: Path, fresh: Fresh, capsys: pytest.CaptureFixture[str]
+) -> None:
     """B98: also with keep=1, where a damaged newer one must not count as the one to keep."""
     recipe, run = fresh()
     assert train(recipe, "stop_at=24", "save.keep=2") == 0
@@ -308,7 +310,9 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(world: Path, fresh: Fresh, ca
     capsys.readouterr()
     assert train(recipe, "stop_at=21", "save.keep=1") == 0
     said = capsys.readouterr().out
-    assert "step-00000024 was passed over: trainer_state/optimizer.safetensors: its SHA-256 is not the manifest's" in said
+    assert (
+        "step-00000024 was passed over: trainer_state/optimizer.safetensors: its SHA-256 is not the manifest's" in said
+    )
     assert "is now damaged-step-00000024-" in said and f"resumed from {run}/checkpoints/step-00000020" in said
     assert good_steps(run)[0] == 21
     assert train(recipe) == 0

@@ -33,7 +33,15 @@ def recipe(precision: str = "fp64", steps: int = 10, seed: int = 0, weights: str
 
 def tiny_gpt(seed: int = 0, activation_checkpointing: bool = False, **shape: Any) -> GPT:
     """Two blocks, 20 k weights; wide noise in the matrices, so that attention is far from flat."""
-    sizes = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "d_ff": 48, "max_seq_len": 64, "vocab_size": VOCAB}
+    sizes = {
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_model": 32,
+        "d_ff": 48,
+        "max_seq_len": 64,
+        "vocab_size": VOCAB,
+    }
     model = GPT(GPTConfig(**{**sizes, **shape}), activation_checkpointing)
     init_weights(model, seed)
     with torch.no_grad():
