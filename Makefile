@@ -26,8 +26,8 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
-bench:
-	$(MAKE) setup EXTRAS=dev,bench
+# Slow (about an hour) and only meaningful on a quiet machine. litgpt gets a venv of its own: its pins clash with ours.
+bench: setup
 	$(BIN)/python scripts/bench/loss.py
 	$(BIN)/python scripts/bench/prepare.py
 	$(BIN)/python scripts/bench/save.py

@@ -163,7 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it once more at its end
-        return 0
+        if args.command != "train":
+            return 0
+        print("error: the reader of the output has left: start again to go on, with output to a file", file=sys.stderr)
+        return 1
     except TrainingStopped as e:
         print(f"error: {e}", file=sys.stderr)
         return STOPPED_ITSELF

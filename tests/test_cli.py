@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -250,11 +251,18 @@ def test_candidates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 BAD_OPTIONS = {
-    "--temperature=-1": "temperature: must be greater", "--temperature=nan": "finite", "--temperature=1e-9": "must be 0",
-    "--top-k=-1": "top_k: must be greater", "--top-p=1.5": "top_p: must be less", "--min-p=-0.1": "min_p: must be greater",
-    "--seed=-1": "seed: must be greater", "--max-new-tokens=0": "max_new_tokens: must be greater", "--stop=": "stop",
-    "--device=cuda": "no CUDA device", "--system=be nice": "--system is for chat models",
-}  # fmt: skip
+    "--temperature=-1": "temperature: must be greater",
+    "--temperature=nan": "finite",
+    "--temperature=1e-9": "must be 0",
+    "--top-k=-1": "top_k: must be greater",
+    "--top-p=1.5": "top_p: must be less",
+    "--min-p=-0.1": "min_p: must be greater",
+    "--seed=-1": "seed: must be greater",
+    "--max-new-tokens=0": "max_new_tokens: must be greater",
+    "--stop=": "stop",
+    "--device=cuda": "no CUDA device",
+    "--system=be nice": "--system is for chat models",
+}
 
 
 @pytest.mark.parametrize("option", BAD_OPTIONS)
@@ -299,7 +307,7 @@ def test_a_lying_config_is_refused_at_once(checkpoint: Path, capsys: pytest.Capt
         (checkpoint / "config.json").write_text(json.dumps({**told, key: value, "llmkit": "x"}))
         start = time.monotonic()
         code, _, err = said(capsys, "generate", str(checkpoint), "--prompt", "x")
-        assert code == 2 and "parameters" in err or "multiple" in err, err
+        assert code == 2 and ("parameters" in err or "multiple" in err), err
         code, out, _ = said(capsys, "verify", str(checkpoint))
         assert code == 2 and out.count("\n") == 1 and time.monotonic() - start < 10
 
@@ -402,18 +410,30 @@ def test_arguments_that_are_no_text(run: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1, done.stderr
 
 
-def test_a_reader_that_leaves(run: Path) -> None:
-    """`llmkit ... | head -1` is no error, and says nothing."""
-    command = f"{sys.executable} -m llmkit.cli schema | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"{\n", b"")
-    generate_ = (
-        f"{sys.executable} -m llmkit.cli generate {run} --prompt x --max-new-tokens 60 | true; exit ${{PIPESTATUS[0]}}"
-    )
-    done = subprocess.run(
-        ["bash", "-c", generate_], capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+# As a shell has it: with a buffer, what is wrong with stdout shows only when that is flushed.
+BUFFERED = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+
+
+@pytest.mark.parametrize("command", ["schema", "plan configs/tokenizer/demo.yaml", "generate RUN --prompt x"])
+def test_a_reader_that_leaves(command: str, run: Path) -> None:
+    """`llmkit ... | head -1` is no error, and says nothing, whether much is written or little."""
+    argv = f"{sys.executable} -m llmkit.cli {command.replace('RUN', str(run))}"
+    script = f"{{ sleep 0.5; {argv}; }} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=120, env=BUFFERED)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_training_whose_reader_leaves_is_not_done(tmp_path: Path) -> None:
+    """Nobody may take a run for finished that isn't: the code is 1, and the same command goes on."""
+    argv = f"{sys.executable} -m llmkit.cli train {recipe_in(tmp_path, steps=40, log={'every': 1, 'plot': False})}"
+    done = subprocess.run(
+        ["bash", "-c", f"{argv} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, timeout=120, env=BUFFERED
+    )
+    assert done.returncode == 1 and b"Traceback" not in done.stderr and b"start again to go on" in done.stderr, (
+        done.stderr
+    )
+    assert not (tmp_path / "run" / "DONE").exists()
+    assert llmkit("train", str(tmp_path / "r.yaml")).returncode == 0 and (tmp_path / "run" / "DONE").is_file()
 
 
 def test_no_stdout_at_all() -> None:
@@ -422,10 +442,10 @@ def test_no_stdout_at_all() -> None:
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr
     if Path("/dev/full").exists():
-        done = subprocess.run(
-            ["bash", "-c", f"{sys.executable} -m llmkit.cli schema > /dev/full"], capture_output=True, timeout=120
-        )
-        assert done.returncode in (1, 120) and b"error: No space left on device" in done.stderr
+        for command in ("schema", "plan configs/tokenizer/demo.yaml"):
+            script = f"{sys.executable} -m llmkit.cli {command} > /dev/full"
+            done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=120, env=BUFFERED)
+            assert done.returncode in (1, 120) and b"error: No space left on device" in done.stderr, done.stderr
 
 
 def test_the_entry_points_agree() -> None:
@@ -436,3 +456,9 @@ def test_the_entry_points_agree() -> None:
     )
     assert done.returncode == 2 and done.stderr.startswith(b"error: override 'x=1': x: unknown key")
     assert build_parser().prog == "llmkit"
+
+
+def test_training_leaves_no_thread_behind(tmp_path: Path) -> None:
+    """Whoever calls it in a process of his own gets that back as it was (tqdm keeps one monitor)."""
+    assert main(["train", str(recipe_in(tmp_path))]) == 0
+    assert not [t.name for t in threading.enumerate() if t.name == "prefetch"]

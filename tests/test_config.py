@@ -153,6 +153,13 @@ def test_anchors_and_merge_keys(write: Callable[..., Path]) -> None:
     """Own keys win over merged ones, the first merged mapping over later ones; errors stand where the value does."""
     text = "x: &x {lr: 1, steps: 2}\ny: &y {lr: 3, on: true}\nz: {<<: [*x, *y], steps: 9}"
     assert parse_yaml(text)[0]["z"] == {"lr": 1, "steps": 9, "on": True}
+    file = write(
+        "name: a\ninner: &i {lr: x}\nentries: [{path: p, weight: 1, <<: &j {weight: 0}}]\nmaybe: {<<: [*i, &k {lr: y}]}"
+    )
+    assert told(lambda: load(Outer, file)).splitlines() == [
+        f"{file}:2: inner.lr: expected a number (got 'x')",
+        f"{file}:2: maybe.lr: expected a number (got 'x')",
+    ]
     file = write("name: a\ninner: &i\n  lr: 1\n  steps: 0\nmaybe:\n  <<: *i\n  on: 3\n")
     assert told(lambda: load(Outer, file)).splitlines() == [
         f"{file}:4: inner.steps: must be greater than or equal to 1 (got 0)",
@@ -281,6 +288,7 @@ BAD_OVERRIDES = {
     "inner.lr=abc": "inner.lr: expected a number (got 'abc')",
     "inner.lr=[": "expected the node content",
     "inner=3": "inner: expected an object (got 3)",
+    "inner={lr: abc}": "inner.lr: expected a number (got 'abc')",
     "inner={steps: 0}": "inner.steps: must be greater than or equal to 1 (got 0)",
     "name=bad": "name is bad: choose another",
     "name={a: *x}": "found undefined alias",

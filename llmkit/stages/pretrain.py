@@ -35,6 +35,7 @@ class PretrainTask:
         self.loss_fn = next_token_loss(recipe.z_loss, recipe.loss_chunk)
         self.tokenizer: Tokenizer
         self.data: Prepared
+        self.loader: RowLoader | None = None
         self.model_config: GPTConfig
         self.row_len: int
         self.flops_per_token = 0.0
@@ -87,7 +88,13 @@ class PretrainTask:
             pin_memory=ctx.ranks.device.type == "cuda",
         )
 
+    def close(self) -> None:
+        """Ends the loader's thread, if it was ever begun."""
+        if self.loader is not None:
+            self.loader.close()
+
     def step(self, engine: Engine, ctx: Context) -> Metrics:
+        assert self.loader is not None
         return supervised_step(engine, ctx, self.loader, self.loss_fn)
 
     def evaluate(self, engine: Engine, ctx: Context, split: str) -> Metrics | None:
@@ -229,7 +236,11 @@ def describe(
 
 def run(recipe: PretrainRecipe) -> Outcome:
     """`llmkit train`."""
-    return train(recipe, PretrainTask(recipe))
+    task = PretrainTask(recipe)
+    try:
+        return train(recipe, task)
+    finally:
+        task.close()
 
 
 def prepare(recipe: PretrainRecipe) -> bool | None:
