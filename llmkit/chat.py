@@ -106,7 +106,7 @@ class _Metering(NodeTransformer):
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}`: what the assistant wrote, put between two marks that `render` takes out."""
 
-    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+    tags = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -212,7 +212,7 @@ class ChatTemplate:
                 pieces.append(piece)
         except _Refused as e:
             raise UserError(f"{self.name}: the template refuses this conversation: {e.message}") from None
-        except Exception as e:  # noqa: BLE001 - a template may fail in any way that an expression can
+        except Exception as e:
             raise UserError(f"{self.name}: the template fails: {type(e).__name__}: {e}") from None
         parts = re.split(f"([{marks}])", "".join(pieces))
         spans, at, start = [], 0, -1

@@ -37,7 +37,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, z_loss: float, chunk: int, train: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        ce, z = (torch.zeros((), dtype=torch.float64 if hidden_ND.device.type != "mps" else wide, device=hidden_ND.device) for _ in "ab")
+        ce, z = (
+            torch.zeros((), dtype=torch.float64 if hidden_ND.device.type != "mps" else wide, device=hidden_ND.device)
+            for _ in "ab"
+        )
         grad_hidden_ND = torch.empty_like(hidden_ND) if train else None
         # fp32, since it is a sum over chunks: in bf16 each addition would lose the small terms.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if train else None

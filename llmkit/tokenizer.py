@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 # Characters that Unicode promises never to change under NFC: no need to ask the normaliser. Everything below U+0300, and
 # of the rest what Chinese and Japanese text mostly consists of (U+302A-302F and U+3099-309A combine).
-_NOT_SURELY_NFC = re.compile("[^\x00-\u02ff\u2010-\u2027\u2030-\u205e\u3000-\u3029\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uff01-\uff5e]")  # fmt: skip
+_NOT_SURELY_NFC = re.compile("[^\x00-\u02ff\u2010-\u2027\u2030-\u205e\u3000-\u3029\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uff01-\uff5e]")  # fmt: skip # noqa: E501
 
 
 class TokenizerConfig(Config):
@@ -312,7 +312,7 @@ class Tokenizer:
             raise UserError(f"{folder}: {str(e).removeprefix(f'{folder}: ')}") from None
         except (KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{folder}: tokenizer.json is damaged: {type(e).__name__}: {e}") from None
-        except Exception as e:  # noqa: BLE001 - `tokenizers` raises nothing finer
+        except Exception as e:
             raise UserError(f"{folder}: tokenizer.json cannot be read: {e}") from None
 
     @classmethod
@@ -373,7 +373,9 @@ class Tokenizer:
         vocab = self._spec["model"]["vocab"]
         if not self._spec["model"]["merges"] and all(c in vocab for c in BYTE_OF_CHAR):
             # Without merges no regex can make a difference.
-            return ByteEngine(np.array([vocab[c] for c, _ in sorted(BYTE_OF_CHAR.items(), key=lambda x: x[1])], np.int64))
+            return ByteEngine(
+                np.array([vocab[c] for c, _ in sorted(BYTE_OF_CHAR.items(), key=lambda x: x[1])], np.int64)
+            )
         fast = build_tiktoken(self._spec, self._backend)
         if isinstance(fast, str):
             logger.warning("tokenizer: encoding takes the slow way (`tokenizers`), as %s", fast)
@@ -386,7 +388,7 @@ class Tokenizer:
         if self._backend.normalizer is None:
             return text
         kind = self._normalizer["type"] if self._normalizer else None
-        if kind in ("NFC", "NFKC") and text.isascii() or kind == "NFC" and not _NOT_SURELY_NFC.search(text):
+        if (kind in ("NFC", "NFKC") and text.isascii()) or (kind == "NFC" and not _NOT_SURELY_NFC.search(text)):
             return text
         # Not `unicodedata`: it may know another version of Unicode than `tokenizers`, and so than transformers.
         return str(self._backend.normalizer.normalize_str(text))
@@ -397,7 +399,7 @@ class Tokenizer:
     def _array(self, text: str) -> np.ndarray:
         normal = self.normalize(text)
         fast = self._fast
-        if fast is None or self._matched is not None and self._matched.search(text):
+        if fast is None or (self._matched is not None and self._matched.search(text)):
             return np.array(self._slow(text), dtype=np.int64)
         if isinstance(fast, TiktokenEngine) and len(normal) >= MAX_RUN and has_long_blank(normal):
             return np.array(self._slow(text), dtype=np.int64)

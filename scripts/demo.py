@@ -77,7 +77,7 @@ def main() -> int:
     print(f"\nHeld-out text after {valid['step']} steps ({speed:,.0f} tokens/s):")
     for name, value in {
         "unigram": f"{unigram:.3f} bits per byte",
-        "this model": f"{reached:.3f} bits per byte, {100 * reached / unigram:.0f} % of the unigram (must be below {100 * LIMIT:.0f} %)",
+        "this model": f"{reached:.3f} bits per byte, {reached / unigram:.0%} of the unigram (must be below {LIMIT:.0%})",
         "perplexity": f"{math.exp(valid['valid/loss']):.2f} per token",
     }.items():
         print(f"  {name:12s} {value}")
@@ -88,7 +88,10 @@ def main() -> int:
     print(f"try          .venv/bin/llmkit generate {run} --prompt 'Question: Where does Mira live?'")
     print(f"took         {time.monotonic() - started:.0f} s")
     if not reached < LIMIT * unigram:
-        print(f"error: {reached:.3f} is not below {LIMIT:.0%} of {unigram:.3f}: the model learnt too little", file=sys.stderr)
+        print(
+            f"error: {reached:.3f} is not below {LIMIT:.0%} of {unigram:.3f}: the model learnt too little",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from llmkit.chat import CHATML, ChatTemplate, Shield
 from llmkit.config import UserError, validate
@@ -487,7 +486,7 @@ def test_other_fields_and_tools_are_users_text_too(bpe: Tokenizer) -> None:
 
 
 def test_generation_blocks_within_macros() -> None:
-    source = "{% macro say(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}ab{% for m in messages %}{{ say(m) }}{% endfor %}"
+    source = "{% macro say(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}ab{% for m in messages %}{{ say(m) }}{% endfor %}"  # noqa: E501
     assert ChatTemplate(source).render([{"role": "assistant", "content": "xyz"}], Shield([]), {}).spans == [(2, 5)]
 
 

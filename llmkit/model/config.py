@@ -75,7 +75,9 @@ class GPTConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> GPTConfig:
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}), or set head_dim")
+            raise ValueError(
+                f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}), or set head_dim"
+            )
         if self.width_of_head % 2:
             raise ValueError(f"head_dim ({self.width_of_head}) must be even: RoPE turns pairs of numbers")
         if self.n_heads % self.kv_heads:

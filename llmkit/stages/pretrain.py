@@ -46,9 +46,7 @@ class PretrainTask:
         self.tokenizer = obtain_tokenizer(recipe.tokenizer, recipe.data, Path(recipe.out) / "tokenizer")
         self.model_config = model_config(recipe, self.tokenizer.vocab_size)
         require_memory(cost(recipe, self.model_config), ctx.ranks.device)  # before the data is prepared for hours
-        self.data = prepare_shards(
-            recipe.data, self.tokenizer, should_stop=ctx.should_stop, progress=ctx.ranks.is_main
-        )
+        self.data = prepare_shards(recipe.data, self.tokenizer, should_stop=ctx.should_stop, progress=ctx.ranks.is_main)
         self.row_len = recipe.batch.max_len or self.model_config.max_seq_len
         self.flops_per_token = flops_per_token(self.model_config, self.row_len)
 
@@ -108,7 +106,9 @@ class PretrainTask:
         metrics: Metrics = {}
         for name, shards in named.items():
             limit = self.recipe.eval.max_tokens
-            sums = held_out(engine, ctx, self._loader(shards, ctx, held_out=True), self.loss_fn, self.bytes_of_token, limit)
+            sums = held_out(
+                engine, ctx, self._loader(shards, ctx, held_out=True), self.loss_fn, self.bytes_of_token, limit
+            )
             if sums is None:
                 return None
             metrics |= {f"{name}/{key}": value for key, value in sums.items()}
@@ -161,7 +161,9 @@ def model_config(recipe: PretrainRecipe, vocab_size: int) -> GPTConfig:
     if recipe.init_from is not None:
         old = read_config(resolve_model(recipe.init_from))
         if recipe.model is not None and recipe.model.model_copy(update={"vocab_size": old.vocab_size}) != old:
-            raise UserError(f"init_from: {recipe.init_from} has another shape than `model`: leave `model` out to keep its own")
+            raise UserError(
+                f"init_from: {recipe.init_from} has another shape than `model`: leave `model` out to keep its own"
+            )
         given = old
     else:
         assert recipe.model is not None
@@ -209,9 +211,7 @@ def cost(recipe: PretrainRecipe, config: GPTConfig) -> Cost:
     )
 
 
-def describe(
-    recipe: PretrainRecipe, config: GPTConfig, tokenizer: Tokenizer, data: Prepared, loader: RowLoader
-) -> str:
+def describe(recipe: PretrainRecipe, config: GPTConfig, tokenizer: Tokenizer, data: Prepared, loader: RowLoader) -> str:
     """The derived numbers of a run, as they are printed at its start."""
     costs = cost(recipe, config)
     tokens = recipe.batch.tokens_per_step
@@ -222,7 +222,11 @@ def describe(
             f"model      {config.family}, {costs.n_params / 1e6:.2f} M parameters ({costs.n_embedding_params / 1e6:.2f} M "
             f"embeddings), vocabulary {config.vocab_size} for a tokenizer of {tokenizer.vocab_size}",
             f"data       {train:,} tokens to train on, {valid:,} held out; {recipe.steps * tokens / train:.2f} epochs"
-            + (f"; {loader.dropped_tokens:,} tokens an epoch lie beyond the row length" if loader.dropped_tokens else ""),
+            + (
+                f"; {loader.dropped_tokens:,} tokens an epoch lie beyond the row length"
+                if loader.dropped_tokens
+                else ""
+            ),
             f"step       {tokens:,} tokens = {loader.world} rank(s) x {accumulation} micro-batch(es) x "
             f"{loader.micro_rows} rows x {loader.row_len}; {recipe.steps} steps",
             f"memory     {costs.state_bytes / 1e6:.0f} MB weights, gradients and optimizer + about "
@@ -254,7 +258,9 @@ def prepare(recipe: PretrainRecipe) -> bool | None:
             return None
     for split in ("train", "valid", "test"):
         for shards in getattr(data, split):
-            print(f"{split:5s} {shards.name}: {shards.n_docs:,} documents, {shards.n_tokens:,} tokens, {shards.n_bytes:,} bytes")
+            print(
+                f"{split:5s} {shards.name}: {shards.n_docs:,} documents, {shards.n_tokens:,} tokens, {shards.n_bytes:,} bytes"
+            )
     return True
 
 

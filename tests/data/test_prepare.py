@@ -21,10 +21,9 @@ import numpy as np
 import pytest
 
 from llmkit import storage
-from llmkit.config import MachineError, UserError
+from llmkit.config import Interrupted, MachineError, UserError
 from llmkit.data import prepare as prepare_module, sources, workers
 from llmkit.data.config import DataConfig, SourceConfig
-from llmkit.config import Interrupted
 from llmkit.data.prepare import Prepared, prepare
 from llmkit.data.shards import TokenShards
 from llmkit.data.workers import is_held_out
