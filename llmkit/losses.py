@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_ROWS = 4096  # of the output embedding whose gradient is made at once
 IGNORE = -100  # label of a position that is not trained on
 
 
@@ -51,6 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logp_CV = F.log_softmax(logits_CV, -1)
             label_logp_C1 = logp_CV.gather(1, y_C1)
             lse_C1 = label_logit_C1 - label_logp_C1
+            del logits_CV  # a chunk of fp32 logits is tens of megabytes: one copy at a time
             ce -= label_logp_C1.sum(dtype=ce.dtype)
             z += lse_C1.square().sum(dtype=z.dtype)
             if grad_hidden_ND is None or grad_weight_VD is None:
@@ -59,12 +61,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if z_loss:
                 grad_CV *= 1 + 2 * z_loss * lse_C1
             grad_CV.scatter_add_(1, y_C1, torch.full_like(label_logp_C1, -1.0))
+            del logp_CV
             grad_CV = grad_CV.to(hidden_ND.dtype)
             torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + chunk])
             if grad_weight_VD.dtype == grad_CV.dtype:
                 grad_weight_VD.addmm_(grad_CV.t(), h_CD)
             else:
-                grad_weight_VD += grad_CV.t() @ h_CD
+                # A block of rows at a time: the product in half precision then stays in the cache until it is added.
+                for rows in range(0, len(grad_weight_VD), _ROWS):
+                    block = slice(rows, rows + _ROWS)
+                    grad_weight_VD[block] += grad_CV[:, block].t() @ h_CD
         if train:
             ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.mark_non_differentiable(ce, z)

@@ -53,8 +53,7 @@ def test_the_commands_are_commands() -> None:
         pytest.skip("README.md has no command of ours that is to be tested")
 
 
-@pytest.mark.campaign
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_the_commands_run(tmp_path: Path) -> None:
     """One after the other in one folder that looks like a clone, so what they write stays out of this one."""
     if not blocks():
