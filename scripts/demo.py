@@ -85,7 +85,7 @@ def main() -> int:
     for kind, (share, n) in answered(run, tokenizer).items():
         print(f"  {kind:12s} {100 * share:5.1f} %  of {n}")
     print(f"\nplot         {run / 'plots' / 'loss.png'}")
-    print(f"try          .venv/bin/llmkit generate {run} --prompt 'Question: Where does Mira live?'")
+    print(f"try          .venv/bin/llmkit generate {run} --prompt $'Question: Where does Mira live?\\nAnswer:'")
     print(f"took         {time.monotonic() - started:.0f} s")
     if not reached < LIMIT * unigram:
         print(
