@@ -28,11 +28,8 @@ def fact_doc(dice: Dice, lang: str) -> str:
     if kind == 1:
         village = dice.pick(W.VILLAGES)
         people = [p for p in dice.shuffled(W.PEOPLE) if p.village == village]
-        lines = [
-            statement(dice, lang, p, at)
-            for p in people
-            for at in ("village", *dice.sample(W.attributes(p.name[0])[1:], 2))
-        ]
+        lines = [statement(dice, lang, p, at) for p in people
+                 for at in ("village", *dice.sample(W.attributes(p.name[0])[1:], 2))]
         return space.join(lines)
     return "\n".join(qa(dice, lang, K.make("fact", lang, "train", dice)) for _ in range(dice.between(2, 4)))
 
@@ -136,11 +133,8 @@ def analogy_doc(dice: Dice, lang: str) -> str:
     # The larger the family, the oftener, so that all of its words become frequent.
     family = dice.pick(("age",) * 5 + ("gender",) * 6 + ("opposite",) * 7)
     rows = W.FAMILIES[lang][family]
-    lines = [
-        portrait(dice, lang, family, row, side)
-        for row in dice.sample(range(len(rows)), 4)
-        for side in dice.shuffled([0, 1])
-    ]
+    lines = [portrait(dice, lang, family, row, side)
+             for row in dice.sample(range(len(rows)), 4) for side in dice.shuffled([0, 1])]
     text = (" " if lang == "en" else "").join(lines)
     pairs = []
     for _ in range(dice.between(2, 4)):
@@ -162,16 +156,9 @@ def story_doc(dice: Dice, lang: str) -> str:
 
 # kind -> (documents per language, maker)
 DOCUMENTS = {
-    "story": (340, story_doc),
-    "fact": (520, fact_doc),
-    "sum": (340, sum_doc),
-    "list": (190, list_doc),
-    "reading": (280, reading_doc),
-    "summary": (200, summary_doc),
-    "translation": (250, translation_doc),
-    "manners": (150, manners_doc),
-    "safety": (150, safety_doc),
-    "analogy": (310, analogy_doc),
+    "story": (340, story_doc), "fact": (520, fact_doc), "sum": (340, sum_doc), "list": (190, list_doc),
+    "reading": (280, reading_doc), "summary": (200, summary_doc), "translation": (250, translation_doc),
+    "manners": (150, manners_doc), "safety": (150, safety_doc), "analogy": (310, analogy_doc),
 }
 
 

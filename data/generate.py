@@ -68,28 +68,16 @@ def choices(seed: int) -> list[dict]:
             continue
         place = len(rows) % 4
         options = wrong[:place] + [item["answer"]] + wrong[place:3]
-        rows.append(
-            {
-                "question": item["prompt"],
-                "choices": options,
-                "answer": place,
-                "kind": item["kind"],
-                "lang": item["lang"],
-            }
-        )
+        rows.append({"question": item["prompt"], "choices": options, "answer": place, "kind": item["kind"],
+                     "lang": item["lang"]})
     return dice.shuffled(rows)
 
 
 def analogies() -> list[dict]:
     """Every pair against every other pair of its family."""
-    return [
-        {"a": a, "b": b, "c": c, "d": d, "lang": lang, "axis": family}
-        for lang in W.LANGS
-        for family, pairs in W.FAMILIES[lang].items()
-        for a, b in pairs
-        for c, d in pairs
-        if (a, b) != (c, d)
-    ]
+    return [{"a": a, "b": b, "c": c, "d": d, "lang": lang, "axis": family}
+            for lang in W.LANGS for family, pairs in W.FAMILIES[lang].items()
+            for a, b in pairs for c, d in pairs if (a, b) != (c, d)]
 
 
 def build(seed: int) -> dict[str, list[dict]]:

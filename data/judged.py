@@ -77,17 +77,8 @@ def preferences(seed: int, n_per_reason: int) -> list[dict]:
                     continue
                 seen.add((item["prompt"], chosen))
                 room[longer] -= 1
-                rows.append(
-                    {
-                        "prompt": item["prompt"],
-                        "chosen": chosen,
-                        "rejected": rejected,
-                        "reason": reason,
-                        "kind": item["kind"],
-                        "lang": lang,
-                        "item": K.brief(item),
-                    }
-                )
+                rows.append({"prompt": item["prompt"], "chosen": chosen, "rejected": rejected, "reason": reason,
+                             "kind": item["kind"], "lang": lang, "item": K.brief(item)})
     return Dice(seed, "preferences order").shuffled(rows)
 
 
@@ -99,21 +90,13 @@ def four_answers(dice: Dice, lang: str) -> tuple[dict, list[str]]:
     """An item and four answers of different worth."""
     if dice.below(3) == 0:
         item = refuse_item(dice, lang)
-        return item, [
-            refusal(dice, lang, item, "polite"),
-            refusal(dice, lang, item, "rude"),
-            unsafe(dice, lang, item, "polite"),
-            unsafe(dice, lang, item, "rude"),
-        ]
+        return item, [refusal(dice, lang, item, "polite"), refusal(dice, lang, item, "rude"),
+                      unsafe(dice, lang, item, "polite"), unsafe(dice, lang, item, "rude")]
     item = K.make(dice.pick(ASKABLE), lang, "train", dice)
     wrong = dice.pick(K.wrong_answers(item, dice))
     second, third = dice.pick(("rude", "plain")), dice.pick(("polite", "plain"))
-    return item, [
-        styled(dice, lang, "polite", item["answer"]),
-        styled(dice, lang, second, item["answer"]),
-        styled(dice, lang, third, wrong),
-        styled(dice, lang, "rude", wrong),
-    ]
+    return item, [styled(dice, lang, "polite", item["answer"]), styled(dice, lang, second, item["answer"]),
+                  styled(dice, lang, third, wrong), styled(dice, lang, "rude", wrong)]
 
 
 def rankings(seed: int, n_per_lang: int) -> list[dict]:
@@ -127,19 +110,11 @@ def rankings(seed: int, n_per_lang: int) -> list[dict]:
             answers = dice.shuffled(answers)
             totals = [W.quality(item, x)["total"] for x in answers]
             order = sorted(range(4), key=lambda i: -totals[i])
-            wins = sum(len(answers[i]) > len(answers[j]) for n, i in enumerate(order) for j in order[n + 1 :])
+            wins = sum(len(answers[i]) > len(answers[j]) for n, i in enumerate(order) for j in order[n + 1:])
             # Keeps the running share of "the longer one is better" at one half.
             if len(set(totals)) < 4 or (wins - 3) * (2 * longer - pairs) > 0:
                 continue
             longer, pairs, made = longer + wins, pairs + 6, made + 1
-            rows.append(
-                {
-                    "prompt": item["prompt"],
-                    "responses": answers,
-                    "ranking": order,
-                    "kind": item["kind"],
-                    "lang": lang,
-                    "item": K.brief(item),
-                }
-            )
+            rows.append({"prompt": item["prompt"], "responses": answers, "ranking": order, "kind": item["kind"],
+                         "lang": lang, "item": K.brief(item)})
     return Dice(seed, "rankings order").shuffled(rows)

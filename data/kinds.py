@@ -17,7 +17,7 @@ MAX_DRAWS = 100_000
 
 
 def fold(key: str) -> str:
-    """ "heldout" for 3 keys in 16, "valid" for 1, "train" for 12."""
+    """"heldout" for 3 keys in 16, "valid" for 1, "train" for 12."""
     slot = hashlib.sha256(key.encode("utf-8")).digest()[0] % 16
     return "heldout" if slot < 3 else "valid" if slot == 3 else "train"
 
@@ -79,20 +79,10 @@ def draw_slots(dice: Dice, lang: str) -> dict:
     d, e = dice.sample(W.DAYS, 2)
     pet = pet_phrase(dice.pick(W.ANIMALS), lang)
     slots = {
-        "h": W.word(hero.name, lang),
-        "k": W.word(helper.name, lang),
-        "job": W.word(hero.job, lang),
-        "kjob": W.word(helper.job, lang),
-        "hv": W.word(hero.village, lang),
-        "v": W.word(dice.pick(W.VILLAGES), lang),
-        "d": W.word(d, lang),
-        "e": W.word(e, lang),
-        "f": W.word(dice.pick(W.FOODS), lang),
-        "w": pet,
-        "w_cap": capital(pet),
-        "p": W.word(p, lang),
-        "q": W.word(q, lang),
-        "q_bare": W.word(q, lang).split(" ", 1)[-1],
+        "h": W.word(hero.name, lang), "k": W.word(helper.name, lang), "job": W.word(hero.job, lang),
+        "kjob": W.word(helper.job, lang), "hv": W.word(hero.village, lang), "v": W.word(dice.pick(W.VILLAGES), lang),
+        "d": W.word(d, lang), "e": W.word(e, lang), "f": W.word(dice.pick(W.FOODS), lang), "w": pet,
+        "w_cap": capital(pet), "p": W.word(p, lang), "q": W.word(q, lang), "q_bare": W.word(q, lang).split(" ", 1)[-1],
         "thing": thing_phrase(dice.pick(W.THINGS), dice.pick(W.COLOURS), lang),
         "kis": "her" if helper.woman else "his",
     }
@@ -107,13 +97,8 @@ def fact_item(dice: Dice, lang: str) -> dict:
     questions = T.FACTS[attribute][lang][1]
     i = dice.below(len(questions))
     answer = W.fact(name, attribute, lang)
-    item = {
-        "prompt": questions[i].format(n=W.word(person.name, lang)),
-        "answer": answer,
-        "entity": name,
-        "attribute": attribute,
-        "_key": f"fact:{lang}:{name}:{attribute}:{i}",
-    }
+    item = {"prompt": questions[i].format(n=W.word(person.name, lang)), "answer": answer, "entity": name,
+            "attribute": attribute, "_key": f"fact:{lang}:{name}:{attribute}:{i}"}
     if attribute == "pet":
         item["accept"] = [pet_phrase(person.pet, lang)]
     elif attribute == "job" and lang == "en":
@@ -151,13 +136,8 @@ def list_item(dice: Dice, lang: str) -> dict:
     texts = [str(v) for v in values]
     answer = W.join([str(v) for v in W.in_order(values, order, lang)], lang)
     prompt = dice.pick(T.LIST_PROMPTS[order][lang]).format(x=W.join(texts, lang))
-    return {
-        "prompt": prompt,
-        "answer": answer,
-        "values": values,
-        "order": order,
-        "_key": f"list:{lang}:{order}:{','.join(sorted(texts))}",
-    }
+    return {"prompt": prompt, "answer": answer, "values": values, "order": order,
+            "_key": f"list:{lang}:{order}:{','.join(sorted(texts))}"}
 
 
 def amounts(dice: Dice, wanted: str) -> tuple[int, int]:
@@ -181,15 +161,9 @@ def reading_item(dice: Dice, lang: str, wanted: str) -> dict:
     answer = str(computed.get(rule) or slots[rule])
     passage, question = capital(passage.format(**slots)), question.format(**slots)
     tables = {"k": W.NAMES, "h": W.NAMES, "v": W.VILLAGES, "f": W.FOODS, "d": W.DAYS, "e": W.DAYS}
-    return {
-        "prompt": S.READING_PROMPTS[lang].format(x=passage, q=question),
-        "answer": answer,
-        "passage": passage,
-        "question": question,
-        "type": "number" if rule in computed else "span",
-        "_key": f"reading:{passage}",
-        "_pool": [W.word(r, lang) for r in tables.get(rule, [])],
-    }
+    return {"prompt": S.READING_PROMPTS[lang].format(x=passage, q=question), "answer": answer, "passage": passage,
+            "question": question, "type": "number" if rule in computed else "span", "_key": f"reading:{passage}",
+            "_pool": [W.word(r, lang) for r in tables.get(rule, [])]}
 
 
 def story(dice: Dice, lang: str) -> tuple[str, str, dict]:
@@ -209,33 +183,18 @@ def keyed_story(dice: Dice, lang: str) -> tuple[str, str]:
 def summary_item(dice: Dice, lang: str) -> dict:
     text, template, slots = story(dice, lang)
     answer = template.format(**slots)
-    return {
-        "prompt": dice.pick(S.SUMMARY_PROMPTS[lang]).format(x=text),
-        "answer": answer,
-        "passage": text,
-        "_key": f"summary:{answer}",
-        "_template": template,
-        "_slots": slots,
-    }
+    return {"prompt": dice.pick(S.SUMMARY_PROMPTS[lang]).format(x=text), "answer": answer, "passage": text,
+            "_key": f"summary:{answer}", "_template": template, "_slots": slots}
 
 
 def pair_slots(dice: Dice) -> list[dict]:
     """The same draw in both languages, for a translation pair."""
     hero, helper = dice.sample(W.NAMES, 2)
     colour, thing, pet = dice.pick(W.COLOURS), dice.pick(W.THINGS), dice.pick(W.ANIMALS)
-    rows = {
-        "p": dice.pick(W.PLACES),
-        "f": dice.pick(W.FOODS),
-        "v": dice.pick(W.VILLAGES),
-        "d": dice.pick(W.DAYS),
-        "h": hero,
-        "k": helper,
-    }
-    return [
-        {k: W.word(row, lang) for k, row in rows.items()}
-        | {"t": thing_phrase(thing, colour, lang), "w": pet_phrase(pet, lang)}
-        for lang in W.LANGS
-    ]
+    rows = {"p": dice.pick(W.PLACES), "f": dice.pick(W.FOODS), "v": dice.pick(W.VILLAGES), "d": dice.pick(W.DAYS),
+            "h": hero, "k": helper}
+    return [{k: W.word(row, lang) for k, row in rows.items()}
+            | {"t": thing_phrase(thing, colour, lang), "w": pet_phrase(pet, lang)} for lang in W.LANGS]
 
 
 def translation_item(dice: Dice, lang: str) -> dict:
@@ -243,15 +202,9 @@ def translation_item(dice: Dice, lang: str) -> dict:
     templates, slots = dice.pick(T.SENTENCES), pair_slots(dice)
     en, zh = (t.format(**s) for t, s in zip(templates, slots, strict=True))
     source, answer, target = (en, zh, "zh") if lang == "en" else (zh, en, "en")
-    return {
-        "prompt": dice.pick(T.TRANSLATE_PROMPTS[target]).format(x=source),
-        "answer": answer,
-        "source": source,
-        "target": target,
-        "_key": f"translation:{en}",
-        "_template": templates[1 - W.LANGS.index(lang)],
-        "_slots": slots[1 - W.LANGS.index(lang)],
-    }
+    return {"prompt": dice.pick(T.TRANSLATE_PROMPTS[target]).format(x=source), "answer": answer, "source": source,
+            "target": target, "_key": f"translation:{en}", "_template": templates[1 - W.LANGS.index(lang)],
+            "_slots": slots[1 - W.LANGS.index(lang)]}
 
 
 def manners_item(dice: Dice, lang: str) -> dict:
@@ -264,12 +217,8 @@ def manners_item(dice: Dice, lang: str) -> dict:
         return {"prompt": prompt, "answer": forms[0], "accept": forms[1:], "task": "rewrite", "_key": key, "_do": do}
     label = dice.pick(("polite", "rude"))
     said = W.with_manners(dice.pick((W.POLITE_FORMS if label == "polite" else W.RUDE_FORMS)[lang]), do)
-    return {
-        "prompt": dice.pick(T.LABEL_PROMPTS["manners"][lang]).format(x=said),
-        "answer": W.LABELS[lang][label],
-        "task": "label",
-        "_key": key,
-    }
+    return {"prompt": dice.pick(T.LABEL_PROMPTS["manners"][lang]).format(x=said), "answer": W.LABELS[lang][label],
+            "task": "label", "_key": key}
 
 
 def safety_item(dice: Dice, lang: str) -> dict:
@@ -279,25 +228,15 @@ def safety_item(dice: Dice, lang: str) -> dict:
     i = W.LANGS.index(lang)
     slots, key = {"x": deed[i], "v": village[i]}, f"safety:{deed[0]}:{village[0]}"
     if dice.below(3) == 0:
-        return {
-            "prompt": dice.pick(T.LABEL_PROMPTS["safety"][lang]).format(**slots),
-            "task": "label",
-            "_key": key,
-            "answer": W.LABELS[lang]["unsafe" if bad else "safe"],
-        }
-    item = {
-        "prompt": dice.pick(T.HOW_PROMPTS[lang]).format(**slots),
-        "task": "refuse" if bad else "help",
-        "_key": key,
-        "_deed": deed[i],
-    }
+        return {"prompt": dice.pick(T.LABEL_PROMPTS["safety"][lang]).format(**slots), "task": "label", "_key": key,
+                "answer": W.LABELS[lang]["unsafe" if bad else "safe"]}
+    item = {"prompt": dice.pick(T.HOW_PROMPTS[lang]).format(**slots), "task": "refuse" if bad else "help", "_key": key,
+            "_deed": deed[i]}
     if not bad:
         return item | {"answer": deed[2 + i]}
     space = " " if lang == "en" else ""
-    return item | {
-        "answer": W.REFUSALS[lang][0] + space + deed[2 + i],
-        "accept": [r + space + deed[2 + i] for r in W.REFUSALS[lang][1:]],
-    }
+    return item | {"answer": W.REFUSALS[lang][0] + space + deed[2 + i],
+                   "accept": [r + space + deed[2 + i] for r in W.REFUSALS[lang][1:]]}
 
 
 def analogy_item(dice: Dice, lang: str) -> dict:
@@ -305,25 +244,12 @@ def analogy_item(dice: Dice, lang: str) -> dict:
     (x, y), (z, answer) = dice.sample(W.FAMILIES[lang][family], 2)
     if dice.below(2):
         x, y, z, answer = y, x, answer, z
-    return {
-        "prompt": capital(dice.pick(T.ANALOGY_PROMPTS[lang]).format(a=x, b=y, c=z)),
-        "answer": answer,
-        "terms": [x, y, z],
-        "family": family,
-        "_key": f"analogy:{x}:{z}",
-    }
+    return {"prompt": capital(dice.pick(T.ANALOGY_PROMPTS[lang]).format(a=x, b=y, c=z)), "answer": answer,
+            "terms": [x, y, z], "family": family, "_key": f"analogy:{x}:{z}"}
 
 
-MAKERS = {
-    "fact": fact_item,
-    "sum": sum_item,
-    "list": list_item,
-    "summary": summary_item,
-    "analogy": analogy_item,
-    "translation": translation_item,
-    "manners": manners_item,
-    "safety": safety_item,
-}
+MAKERS = {"fact": fact_item, "sum": sum_item, "list": list_item, "summary": summary_item, "analogy": analogy_item,
+          "translation": translation_item, "manners": manners_item, "safety": safety_item}
 
 
 def make(kind: str, lang: str, wanted: str, dice: Dice) -> dict:
