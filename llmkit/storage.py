@@ -399,7 +399,7 @@ def run_lock(run: Path) -> Iterator[None]:
                 break
             except OSError as e:
                 if e.errno not in (errno.EAGAIN, errno.EACCES):
-                    return (yield)  # a file system without locks: nothing to hold
+                    break  # a file system without locks: nothing to hold
                 if attempt == 19:  # a killed run's lock goes with it, but its last threads may take a moment to
                     raise UserError(f"{run}: another process is training here: wait for it, or set `out`") from None
                 time.sleep(0.1)

@@ -99,7 +99,7 @@ class RowLoader:
         self.row_len, self.rows_per_step = row_len, rows_per_step
         self.micro_rows = micro_rows or max(1, rows_per_step // world)
         _check_division(rows_per_step, world, self.micro_rows, row_len)
-        self._shards, self._seed, self._pad_id = list(shards), seed, pad_id
+        self._shards, self._pad_id = list(shards), pad_id
         self._rank, self.world = rank, world
         self._packing, self._cross = packing, cross_document_attention
         self._pin_memory = pin_memory

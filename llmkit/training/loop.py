@@ -13,7 +13,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -132,13 +132,11 @@ class Progress:
     """What the loop itself must remember across a restart."""
 
     evaluated_step: int = -1
-    last_loss: float | None = None
     best_loss: float | None = None  # of all evaluations, for early stopping
     bad_evals: int = 0
     best_saved_loss: float | None = None  # of evaluations at steps that have a checkpoint by the recipe
     best_saved_step: int | None = None
     tokens: float = 0.0
-    parents: list[str] = field(default_factory=list)
 
 
 def train(config: RunConfig, task: Task) -> Outcome:
@@ -346,7 +344,6 @@ class _Run:
             return True
         self._record_evaluation(metrics)
         loss, progress = metrics["valid/loss"], self.progress
-        progress.last_loss = loss
         if self._save_due() and (progress.best_saved_loss is None or loss < progress.best_saved_loss):
             progress.best_saved_loss, progress.best_saved_step = loss, step
         if progress.best_loss is None or loss < progress.best_loss - self.config.eval.min_delta:
