@@ -6,12 +6,13 @@ it would differ.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from llmkit.config import UserError
+from llmkit.tokenizer.pieces import BYTE_OF_CHAR, bytes_of_token, is_byte_level, model_type, steps_of
 
 # llama.cpp knows this regex (and few others) under the name `llama-bpe`, so exported models keep their ids there.
 GPT4_REGEX = (
@@ -21,30 +22,12 @@ GPT4_REGEX = (
 GPT2_REGEX = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel(use_regex=True)
 MAX_RUN = 16_384  # see `has_long_blank`
 
-
-# --- bytes -----------------------------------------------------------------------------------------------------------
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [b for b in range(256) if b not in set(plain)]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(moved)}
-
-
-BYTE_OF_CHAR = _byte_alphabet()
-
-
-def bytes_of_token(token: str) -> bytes:
-    try:
-        return bytes(BYTE_OF_CHAR[c] for c in token)
-    except KeyError:  # a token that was put into the vocabulary as it is
-        return token.encode("utf-8")
+logger = logging.getLogger(__name__)
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
 
-_SAMPLE = (
+SAMPLE = (
     "The quick brown fox's can't, WON'T, we'\u017fe; I'll've 3.14159 12345678 x1y22z333",
     "  two   three\n\n\n  \t tabs\t\t \r\n\r\n  end   \n ",
     "中文和 English 混排，「标点」。全角１２３ＡＢＣ，没有空格的一长串汉字也要一样。",
@@ -95,14 +78,11 @@ class TiktokenEngine:
 
 
 def regex_of(spec: dict[str, Any]) -> str | None:
-    """The regex that cuts text into pieces; raises UserError when text isn't then turned into bytes as it is."""
-    pre = spec.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    """The regex that cuts text into pieces which are then turned into bytes; "" when it is not as simple as that."""
+    steps = steps_of(spec.get("pre_tokenizer"), "pretokenizers")
     last = steps[-1] if steps else {}
-    if last.get("type") != "ByteLevel" or (spec.get("decoder") or {}).get("type") != "ByteLevel":
-        raise UserError("not a byte-level tokenizer, the only kind known here: convert the model's tokenizer first")
-    if last.get("add_prefix_space"):
-        raise UserError("this tokenizer puts a space before every text (add_prefix_space), so text would not survive")
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return ""
     if len(steps) == 1:
         return GPT2_REGEX if last.get("use_regex", True) else None
     split = steps[0]
@@ -152,10 +132,25 @@ def build_tiktoken(spec: dict[str, Any], backend: tokenizers.Tokenizer) -> Tikto
         for token in ordered:
             if fast.encode_piece(bytes_of_token(token)) != [t.id for t in model.tokenize(token)]:
                 return f"it disagrees on the token {token!r}"
-        for text in _SAMPLE:
+        for text in SAMPLE:
             text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
             if fast.encode(text).tolist() != backend.encode(text, add_special_tokens=False).ids:
                 return f"it disagrees on {text[:40]!r}"
     except Exception as e:
         return f"{type(e).__name__}: {e}"
+    return fast
+
+
+def build_engine(spec: dict[str, Any], backend: tokenizers.Tokenizer) -> ByteEngine | TiktokenEngine | None:
+    """The fast engine of a byte-level BPE, or None where `tokenizers` does the work: aloud, if it's such a BPE."""
+    if model_type(spec) != "BPE" or not is_byte_level(spec):
+        return None
+    vocab = spec["model"]["vocab"]
+    if not spec["model"]["merges"] and regex_of(spec) != "" and all(c in vocab for c in BYTE_OF_CHAR):
+        # Without merges no regex can make a difference.
+        return ByteEngine(np.array([vocab[c] for c, _ in sorted(BYTE_OF_CHAR.items(), key=lambda x: x[1])], np.int64))
+    fast = build_tiktoken(spec, backend)
+    if isinstance(fast, str):
+        logger.warning("tokenizer: encoding takes the slow way (`tokenizers`), as %s", fast)
+        return None
     return fast

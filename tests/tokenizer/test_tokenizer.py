@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from llmkit.chat import CHATML, ChatTemplate, Shield
 from llmkit.config import UserError, validate
-from llmkit.encoder import GPT4_REGEX, TiktokenEngine
 from llmkit.stages.tokenizer import format_report, report
 from llmkit.tokenizer import SPECIAL, ChatEncoding, StreamDecoder, Tokenizer, TokenizerConfig
+from llmkit.tokenizer.chat import CHATML, ChatTemplate, Shield
+from llmkit.tokenizer.encoder import GPT4_REGEX, TiktokenEngine
 
 ENGLISH = [
     f"The {a} {b} {c} over the lazy dog, and it's {n} o'clock.\n"
@@ -34,8 +34,13 @@ CHINESE = ["今天天气很好，我们去公园散步。", "你好！请问，�
 EXTRA = ("<|tool|>", "<think>")
 
 
-@pytest.fixture(scope="module", params=["bpe", "byte"])
+@pytest.fixture(scope="module", params=["bpe", "byte", "wordpiece", "unigram", "sentencepiece"])
 def tok(request: pytest.FixtureRequest) -> Tokenizer:
+    return Tokenizer.train(ENGLISH + CHINESE, TokenizerConfig(kind=request.param, vocab_size=600, special=EXTRA))
+
+
+@pytest.fixture(scope="module", params=["bpe", "byte"])
+def fast_tok(request: pytest.FixtureRequest) -> Tokenizer:
     return Tokenizer.train(ENGLISH + CHINESE, TokenizerConfig(kind=request.param, vocab_size=600, special=EXTRA))
 
 
@@ -69,8 +74,9 @@ def random_texts(n: int, seed: int = 0) -> list[str]:
 # --- encode and decode -----------------------------------------------------------------------------------------------
 
 
-def test_round_trip_and_parity_of_the_engines(tok: Tokenizer) -> None:
+def test_round_trip_and_parity_of_the_engines(fast_tok: Tokenizer) -> None:
     """B48, B49, B50: any text survives, bytes are counted exactly, no text becomes a control token."""
+    tok = fast_tok
     assert tok._fast is not None
     for text in random_texts(10_000):
         ids = tok.encode(text)
@@ -84,6 +90,7 @@ def test_round_trip_and_parity_of_the_engines(tok: Tokenizer) -> None:
 
 def test_special_strings_are_plain_text(tok: Tokenizer) -> None:
     """B50."""
+    assert tok.lossless and tok.lost is None
     for text in tok.special:
         assert not tok.special_ids & set(tok.encode(f"a{text}b{text}"))
         assert tok.decode(tok.encode(text)) == text
@@ -108,6 +115,7 @@ def test_ids_and_layout(tok: Tokenizer) -> None:
     assert tok.decode([1, *tok.encode("hi"), 2]) == "hi"
     assert tok.decode([1, *tok.encode("hi"), 2], skip_special=False) == "<|bos|>hi<|eos|>"
     assert tok.n_bytes([1, *tok.encode("hi"), 2]) == 2
+    assert tok.mask_id is None
     for outside in (-1, tok.vocab_size):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             tok.decode([outside])
@@ -151,6 +159,8 @@ def test_batches(tok: Tokenizer, threads: int) -> None:
     arrays = tok.encode_batch(texts, threads)
     assert [a.tolist() for a in arrays] == [tok.encode(t) for t in texts]
     assert all(a.dtype == np.uint16 for a in arrays)
+    with pytest.raises(UserError, match="text"):
+        tok.encode_batch(["a", None], threads)  # type: ignore[list-item]
     assert tok.encode_batch([], threads) == []
 
 
@@ -212,9 +222,12 @@ def test_report(bpe: Tokenizer) -> None:
     for language in ("en", "zh"):
         row = data["languages"][language]
         assert row["round_trip_failures"] == 0 and row["bytes_per_token"] > 1.5 and 0 <= row["single_byte_frac"] < 1
+        assert len(row["longest"]) == 5 and len(row["longest"][0]) == max(map(len, row["longest"]))
     assert data["languages"]["zh"]["chars_per_token"] < data["languages"]["zh"]["bytes_per_token"]
+    assert data["lossless"] and data["lost"] is None
     table = format_report(data)
-    assert "zh" in table and "ok" in table and len({len(line) for line in table.splitlines()[1:]}) == 1
+    assert "zh" in table and "ok" in table and len({len(line) for line in table.splitlines()[1:4]}) == 1
+    assert "longest tokens, zh: '我们今天去图书馆'" in table
 
 
 @pytest.mark.parametrize(
