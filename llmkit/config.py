@@ -268,16 +268,37 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [m for a in typing.get_args(annotation) for m in _models_in(a)]
 
 
+def _below(models: list[type[BaseModel]], key: str | int) -> tuple[list[type[BaseModel]], bool]:
+    """The classes that may stand under a key of any of `models`, and whether the key is one of a recipe.
+
+    If not, it is a tag: where a field is one of several classes told apart by a field such as `kind`, pydantic's paths
+    name the value of that field too.
+    """
+    if isinstance(key, int):  # an entry of a list: the list's own type already named the class
+        return models, True
+    fields = [m.model_fields[key] for m in models if key in m.model_fields]
+    tagged = [m for m in models if any(key in typing.get_args(f.annotation) for f in m.model_fields.values())]
+    if tagged and not fields:
+        return tagged, False
+    return [m for field in fields for m in _models_in(field.annotation)], True
+
+
 def known_keys(model: type[BaseModel], path: KeyPath) -> list[str]:
     """The keys a recipe may hold at a key path."""
     models = [model]
     for key in path:
-        if isinstance(key, int):  # an entry of a list: the list's own type already named the class
-            continue
-        models = [
-            m for owner in models if key in owner.model_fields for m in _models_in(owner.model_fields[key].annotation)
-        ]
+        models, _ = _below(models, key)
     return list(dict.fromkeys(name for m in models for name in m.model_fields))
+
+
+def _as_written(model: type[BaseModel], path: KeyPath, unknown: bool) -> str:
+    """A key path without tags; the last key of an `unknown` one is what the recipe holds, whatever it is."""
+    models, keys = [model], []
+    for n, key in enumerate(path, 1):
+        models, is_key = _below(models, key)
+        if is_key or (unknown and n == len(path)):
+            keys.append(str(key))
+    return ".".join(keys)
 
 
 _WORDS = {
@@ -313,7 +334,7 @@ def _explain(model: type[BaseModel], where: Where, error: ValidationError) -> st
             message = "missing: this key has no default"
         elif e["type"] != "value_error":
             message += f" (got {_brief(e['input'])})"
-        name = ".".join(map(str, loc))
+        name = _as_written(model, loc, e["type"] == "extra_forbidden")
         lines.append((at, f"{at}: {name}: {message}" if name else f"{at}: {message}"))
     return "\n".join(dict.fromkeys(text for _, text in sorted(lines, key=_by_line)))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llmkit.config import UserError
-from llmkit.model.config import GPTConfig
+from llmkit.model.config import GPTConfig, count_params
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 # Dense peak of the matrix units, TFLOP/s, from NVIDIA's data sheets (without sparsity); fp32 means TF32.
@@ -29,6 +29,7 @@ class Cost:
 
     n_params: int
     n_embedding_params: int
+    n_active_params: int
     flops_per_token: float
     state_bytes: int
     activation_bytes: int
@@ -39,28 +40,21 @@ class Cost:
         return self.state_bytes + self.activation_bytes
 
 
-def count_hidden(model: GPTConfig) -> int:
-    """Parameters of the blocks' matrices: what Muon updates."""
-    D, E = model.d_model, model.width_of_head
-    return model.n_layers * (2 * D * (model.n_heads + model.kv_heads) * E + 3 * D * model.width_of_mlp)
-
-
-def count_params(model: GPTConfig) -> tuple[int, int]:
-    """(all parameters, those of the embeddings)."""
-    D, E, F = model.d_model, model.width_of_head, model.width_of_mlp
-    q, kv = model.n_heads * E, model.kv_heads * E
-    vectors = 2 * D + 2 * E * model.qk_norm  # norms, then biases
-    vectors += (q + 2 * kv) * model.qkv_bias + D * model.o_bias + (2 * F + D) * model.mlp_bias
-    embedding = (model.vocab_size or 0) * D * (1 if model.tie_embeddings else 2)
-    return count_hidden(model) + model.n_layers * vectors + embedding + D, embedding
+def _seen(window: int | None, seq_len: int) -> float:
+    """How many positions a token of a causal row attends to, on average."""
+    seen = min(window or seq_len, seq_len)
+    return seen - seen * seen / (2 * seq_len)
 
 
 def flops_per_token(model: GPTConfig, seq_len: int) -> float:
-    """Forward and backward: 6 per weight that a token is multiplied with, and causal attention (PaLM, appendix B)."""
-    n_params, embedding = count_params(model)
-    multiplied = n_params - embedding + (model.vocab_size or 0) * model.d_model
-    attention = 12 * model.n_layers * model.n_heads * model.width_of_head * seq_len / 2
-    return 6 * multiplied + attention
+    """Forward and backward: 6 per weight that a token is multiplied with, and 12 per position it attends to and width
+    of the heads (PaLM, appendix B): half of them where attention is causal, fewer with a sliding window."""
+    count = count_params(model)
+    multiplied = count.active - count.embedding + (model.vocab_size or 0) * model.d_model
+    full, windowed = _seen(None, seq_len) if model.causal else seq_len, _seen(model.sliding_window, seq_len)
+    n_windowed = 0 if model.sliding_window is None else model.n_layers - model.n_full_layers
+    attended = (model.n_layers - n_windowed) * full + n_windowed * windowed
+    return 6 * multiplied + 12 * model.n_heads * model.width_of_head * attended
 
 
 def cost_of(
@@ -73,19 +67,25 @@ def cost_of(
     keeps per token and block in eager mode, and is right within a third in fp32. In bf16 on a CPU they are about
     twice the estimate, since norms and short attention keep fp32 copies there. `momentum`: whether SGD has one.
     """
-    n_params, embedding = count_params(model)
+    count = count_params(model)
+    n_params = count.total
     width, wide = BYTES[precision], 8 if precision == "fp64" else 4
     # Muon has one moment for each weight of a hidden matrix, and AdamW's two for everything else.
-    moments = {"adamw": 2 * n_params, "muon": 2 * n_params - count_hidden(model), "sgd": n_params * momentum}[optimizer]
+    moments = {"adamw": 2 * n_params, "muon": 2 * n_params - count.hidden, "sgd": n_params * momentum}[optimizer]
     master = wide if width != wide else 0
     checkpoint = n_params * (width + master + wide * ema) + wide * moments  # weights, master, average, optimizer
     state = checkpoint + n_params * wide  # and the gradient
     D, F, heads = model.d_model, model.width_of_mlp, (model.n_heads + 2 * model.kv_heads) * model.width_of_head
-    block = (8 * D + 3 * heads + 4 * F) * width  # bytes per token
+    gated = model.mlp == "swiglu"  # keeps gate, up, silu(gate) and their product; GPT-2's keeps up and gelu(up)
+    block: float = (8 * D + 3 * heads + (4 if gated else 2) * F) * width  # bytes per token
+    if (experts := model.experts) is not None:  # states once for each expert they visit, before it and after
+        mixture = (8 * D + 3 * heads + 4 * experts.active_width + 2 * D * experts.n_active) * width + 8 * experts.n
+        block += (mixture - block) * model.n_expert_layers / model.n_layers
     # With checkpointing: every block's input, and one block recomputed with its gradients (measured: 2.2 blocks).
     per_token = model.n_layers * D * width + 2.2 * block if activation_checkpointing else model.n_layers * block
     activations = micro_tokens * per_token + loss_chunk * (model.vocab_size or 0) * (width + 2 * wide)
-    return Cost(n_params, embedding, flops_per_token(model, seq_len), state, round(activations), checkpoint)
+    flops = flops_per_token(model, seq_len)
+    return Cost(n_params, count.embedding, count.active, flops, state, round(activations), checkpoint)
 
 
 def free_memory(device: torch.device) -> int | None:

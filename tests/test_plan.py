@@ -13,12 +13,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmkit.model.config import GPTConfig
-from llmkit.model.gpt import GPT
+from llmkit.model.gpt import GPT, causal_mask, window_of
 from llmkit.plan import BYTES, cost_of, count_params, flops_per_token, peak_flops
 from llmkit.training.config import OptimConfig, RunConfig
 from llmkit.training.engine import Engine
-from llmkit.training.optim import tensor_bytes
+from llmkit.training.optim import hidden_matrices, tensor_bytes
 
+GPT2: dict[str, Any] = {
+    "positions": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "qkv_bias": True, "o_bias": True, "mlp_bias": True,
+}  # fmt: skip
 SHAPES: list[dict[str, Any]] = [
     {},
     {"n_kv_heads": 1},
@@ -29,6 +32,10 @@ SHAPES: list[dict[str, Any]] = [
     {"qk_norm": True, "n_kv_heads": 2, "head_dim": 10},
     {"qk_norm": True, "qkv_bias": True, "o_bias": True},
     {"mlp_bias": True, "n_layers": 5},
+    GPT2,
+    {"causal": False, "n_kv_heads": 2},
+    {"sliding_window": 9},
+    {"sliding_window": 9, "qkv_bias": True, "n_full_layers": 1},
 ]
 
 
@@ -43,22 +50,25 @@ def test_parameters(options: dict[str, Any], tied: bool) -> None:
     config = shape(tie_embeddings=tied, **options)
     with torch.device("meta"):
         model = GPT(config)
-    n_params, n_embedding = count_params(config)
-    assert n_params == sum(p.numel() for p in model.parameters())
-    assert n_embedding == sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" in n or "lm_head" in n)
+    count, parameters = count_params(config), dict(model.named_parameters())
+    assert count.total == sum(p.numel() for p in parameters.values())
+    assert count.embedding == sum(p.numel() for n, p in parameters.items() if "embed_" in n or "lm_head" in n)
+    assert count.hidden == sum(parameters[n].numel() for n in hidden_matrices(model))
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_flops(options: dict[str, Any]) -> None:
-    """B25: a forward pass counted operation by operation, times three; half of attention, which is causal."""
+    """B25: a forward pass counted operation by operation, times three; of attention what the masks let through."""
     T = 64
     config = shape(d_model=64, vocab_size=300, max_seq_len=T, **options)
     model = GPT(config)
     ids = torch.zeros(2, T, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model.logits(model(ids))
-    full_attention = 4 * config.n_layers * config.n_heads * config.width_of_head * T
-    counted = 3 * (counter.get_total_flops() / ids.numel() - full_attention / 2)
+    windows = [window_of(config, layer) for layer in range(config.n_layers)]
+    seen = [causal_mask(0, T, ids.device, w).sum().item() / T if config.causal else T for w in windows]
+    masked = 4 * config.n_heads * config.width_of_head * sum(T - s for s in seen)
+    counted = 3 * (counter.get_total_flops() / ids.numel() - masked)
     assert flops_per_token(config, T) == pytest.approx(counted, rel=0.02)
 
 
@@ -92,7 +102,7 @@ from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT, init_weights
 from llmkit.training.config import OptimConfig, RunConfig
 from llmkit.training.engine import Engine
-from llmkit.training.supervised import next_token_loss
+from llmkit.training.supervised import token_loss
 from llmkit.data.loader import Batch
 import torch
 
@@ -106,8 +116,8 @@ def step(config, rows, T):
     engine = Engine(model, RunConfig(out="unused", precision=options["precision"]))
     ids = torch.zeros(rows, T, dtype=torch.int64)
     docs = torch.zeros(rows, T, dtype=torch.int32)
-    batch = Batch(ids, ids, torch.arange(T).expand(rows, T), docs, float(ids.numel()))
-    engine.update([batch], next_token_loss(0.0, 256))
+    batch = Batch(ids, ids, torch.arange(T).expand(rows, T), docs, float(ids.numel()), float(ids.numel()))
+    engine.update([batch], token_loss(0.0, 256))
 
 small = GPTConfig(n_layers=1, n_heads=1, d_model=8, vocab_size=8)
 step(small, 1, 8)  # everything is loaded
@@ -118,10 +128,10 @@ print(hwm() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_right_within_a_third(checkpointing: bool) -> None:
+@pytest.mark.parametrize(("checkpointing", "family"), [(False, {}), (True, {}), (False, GPT2)])
+def test_memory_is_right_within_a_third(checkpointing: bool, family: dict[str, Any]) -> None:
     """The peak of a process that makes one update, against the estimate."""
-    model = {"n_layers": 4, "n_heads": 4, "d_model": 256, "vocab_size": 4096}
+    model = {"n_layers": 4, "n_heads": 4, "d_model": 256, "vocab_size": 4096, **family}
     options = {"model": model, "rows": 16, "T": 256, "precision": "fp32", "activation_checkpointing": checkpointing}
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(options)], capture_output=True, text=True, timeout=100, check=True

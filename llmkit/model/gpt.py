@@ -1,7 +1,7 @@
-"""The whole decoder: attention, MLP, block, GPT, initial weights, KV cache.
+"""The whole network: attention, MLP, block, GPT, initial weights, KV cache.
 
-Parameters are named and kept apart as in Hugging Face's Llama (`model.layers.0.self_attn.q_proj.weight`), so that a
-state dict is a Hugging Face checkpoint and per-matrix methods (LoRA, Muon) find their matrices.
+Parameters are named and kept apart as in Hugging Face's Llama (`model.layers.0.self_attn.q_proj.weight`), so that
+per-matrix methods (LoRA, Muon) find their matrices; `layouts` makes the state dict a Hugging Face checkpoint.
 
 Shapes: B batch, T positions of this call, S positions attended to, D d_model, H query heads, K key/value heads, E head
 width, F MLP width, V vocabulary.
@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmkit.model.config import GPTConfig
+from llmkit.config import UserError
+from llmkit.model.config import GPTConfig, LinearScaling, Llama3Scaling, YarnScaling
+from llmkit.model.layouts import config_of, use_layout
+from llmkit.model.moe import LayerRouting, MoE, Routing, gather_routing, set_load
+
+
+def window_of(config: GPTConfig, layer: int) -> int | None:
+    """How many tokens a block's attention sees, the token itself included; None: all."""
+    return config.sliding_window if layer >= config.n_full_layers else None
 
 
 class KVCache:
@@ -29,17 +37,19 @@ class KVCache:
         self.k_LBKSE = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LBKSE = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
+        self.windows = [window_of(config, layer) for layer in range(config.n_layers)]
 
     @property
     def max_len(self) -> int:
         return self.k_LBKSE.shape[3]
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores T new columns of one layer and returns all of its filled ones."""
-        end = self.length + k_BKTE.shape[2]
+        """Stores T new columns of one layer and returns its filled ones, from the first that any of the T may see."""
+        end, window = self.length + k_BKTE.shape[2], self.windows[layer]
+        first = 0 if window is None else max(0, self.length + 1 - window)
         self.k_LBKSE[layer, :, :, self.length : end] = k_BKTE
         self.v_LBKSE[layer, :, :, self.length : end] = v_BKTE
-        return self.k_LBKSE[layer, :, :, :end], self.v_LBKSE[layer, :, :, :end]
+        return self.k_LBKSE[layer, :, :, first:end], self.v_LBKSE[layer, :, :, first:end]
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given rows of the batch, in this order.
@@ -58,6 +68,13 @@ class KVCache:
             setattr(self, name, buffer)
 
 
+def norm_of(config: GPTConfig) -> nn.Module:
+    """A norm over the residual stream; PyTorch computes both kinds in fp32 or better."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.d_model, config.norm_eps)
+    return RMSNorm(config.d_model, config.norm_eps)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv 1910.07467); PyTorch takes the mean square in fp32 or better."""
 
@@ -70,13 +87,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+Rope = tuple[Tensor, Tensor]  # cos and sin, see `rope_tables`
+
+
 def rope_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
-    """Angular frequency of each pair of a head, fp32 [E/2] (arXiv 2104.09864; llama3 scaling as in Llama 3.1)."""
+    """Angular frequency of each pair of a head, fp32 [E/2] (arXiv 2104.09864), stretched by `rope_scaling`."""
     exponent = torch.arange(0, config.width_of_head, 2, dtype=torch.int64, device=device).float() / config.width_of_head
     freq = 1.0 / (config.rope_theta**exponent)
     scaling = config.rope_scaling
     if scaling is None:
         return freq
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3_frequencies(scaling, freq)
+    if isinstance(scaling, LinearScaling):
+        return freq / scaling.factor
+    return _yarn_frequencies(scaling, freq, config.rope_theta)
+
+
+def _llama3_frequencies(scaling: Llama3Scaling, freq: Tensor) -> Tensor:
     wavelength = 2 * math.pi / freq
     longest = scaling.original_max_seq_len / scaling.low_freq_factor
     shortest = scaling.original_max_seq_len / scaling.high_freq_factor
@@ -87,11 +115,36 @@ def rope_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
     return torch.where(wavelength > longest, freq / scaling.factor, torch.where(wavelength < shortest, freq, between))
 
 
-def rope_tables(config: GPTConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+def _yarn_frequencies(scaling: YarnScaling, freq: Tensor, theta: float) -> Tensor:
+    """A ramp over the pairs, from those that turn beta_fast times over the original context to beta_slow times."""
+    E = 2 * len(freq)
+
+    def pair_that_turns(times: float) -> float:
+        return E * math.log(scaling.original_max_seq_len / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, E - 1)
+    width = high - low or 0.001
+    stretched = ((torch.arange(E // 2, device=freq.device).float() - low) / width).clamp(0, 1)
+    return freq / scaling.factor * stretched + freq * (1 - stretched)
+
+
+def rope_scale(config: GPTConfig) -> float:
+    """What YaRN multiplies queries and keys by; 1 without it."""
+    scaling = config.rope_scaling
+    if not isinstance(scaling, YarnScaling):
+        return 1.0
+    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.attention_factor is None else scaling.attention_factor
+
+
+def rope_tables(config: GPTConfig, positions_BT: Tensor) -> Rope:
     """cos and sin of every angle, fp32 [B, 1, T, E]: never in half precision, which is off by whole turns far out."""
     angles = positions_BT[:, None, :, None].float() * rope_frequencies(config, positions_BT.device)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin, scale = angles.cos(), angles.sin(), rope_scale(config)
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
 
 def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -121,7 +174,7 @@ def attend(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None, 
 
 
 class Attention(nn.Module):
-    """Multi-head, grouped-query or multi-query attention with rotary positions."""
+    """Multi-head, grouped-query or multi-query attention, with rotary positions unless they are learned."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -137,15 +190,17 @@ class Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: KVCache | None
+        self, x_BTD: Tensor, rope: Rope | None, mask: Tensor | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         q = self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+            mask = mask if mask is None else mask[..., -k.shape[2] :]
         if self.groups > 1:
             k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
         out = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
@@ -153,16 +208,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202), or GPT-2's down(gelu(up(x)))."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, width: int):
         super().__init__()
-        D, width, bias = config.d_model, config.width_of_mlp, config.mlp_bias
-        self.gate_proj = nn.Linear(D, width, bias=bias)
+        D, bias = config.d_model, config.mlp_bias
+        self.gated = config.mlp == "swiglu"
+        if self.gated:
+            self.gate_proj = nn.Linear(D, width, bias=bias)
         self.up_proj = nn.Linear(D, width, bias=bias)
         self.down_proj = nn.Linear(width, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if not self.gated:
+            return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh"))
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
@@ -171,21 +230,27 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.input_layernorm = norm_of(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = norm_of(config)
+        self.mlp: MLP | MoE
+        if config.experts is not None and config.experts.has_experts(layer):
+            self.mlp = MoE(config.experts, config.d_model, lambda width: MLP(config, width))
+        else:
+            self.mlp = MLP(config, config.width_of_mlp)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, cache: KVCache | None
-    ) -> Tensor:
+        self, x_BTD: Tensor, rope: Rope | None, mask: Tensor | None, causal: bool, cache: KVCache | None
+    ) -> tuple[Tensor, LayerRouting | None]:
         x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), rope, mask, causal, cache))
-        return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))
+        out = self.mlp(self.post_attention_layernorm(x_BTD))
+        out_BTD, routing = out if isinstance(self.mlp, MoE) else (out, None)
+        return x_BTD + self.dropout(out_BTD), routing
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: everything but the output head. Named `model` in Hugging Face's checkpoints."""
+    """Embeddings, blocks and final norm: everything but a head, beside which it is always named `model`."""
 
     def __init__(self, config: GPTConfig, activation_checkpointing: bool):
         super().__init__()
@@ -193,27 +258,60 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_seq_len, config.d_model)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = norm_of(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.routing: Routing | None = None  # where the last forward pass in training sent its tokens
 
     def forward(
         self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
-        x_BTD = self.dropout(self.embed_tokens(ids_BT))
-        rope = rope_tables(self.config, positions_BT)
-        if x_BTD.dtype == torch.float64:
-            rope = (rope[0].double(), rope[1].double())
-        for block in self.layers:
+        """Arguments as in `GPT.forward`; `causal`: where there is no mask, tokens see what comes before them."""
+        x_BTD, rope = self.embed_tokens(ids_BT), None
+        if self.config.positions == "learned":
+            x_BTD = x_BTD + self.embed_positions(self._checked(positions_BT))
+        else:
+            rope = rope_tables(self.config, positions_BT)
+            if x_BTD.dtype == torch.float64:
+                rope = (rope[0].double(), rope[1].double())
+        x_BTD = self.dropout(x_BTD)
+        start, T = 0 if cache is None else cache.length, ids_BT.shape[1]
+        if mask is None and causal and start and T > 1:
+            mask = causal_mask(start, T, ids_BT.device)
+        window, near = self.config.sliding_window, mask
+        if window is not None and start + T > window and T > 1:  # of a single token, the cache gives what it may see
+            near = causal_mask(start, T, ids_BT.device, window)
+            near = near if mask is None else near & mask
+        routings = []
+        for i, block in enumerate(self.layers):
+            args = (x_BTD, rope, mask if i < self.config.n_full_layers else near, causal, cache)
             if self.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, rope, mask, causal, cache, use_reentrant=False)
+                x_BTD, routing = checkpoint(block, *args, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, rope, mask, causal, cache)
+                x_BTD, routing = block(*args)
+            if routing is not None:
+                routings.append(routing)
+        self.routing = None if self.config.experts is None else gather_routing(routings, self.config.experts.n)
         return self.norm(x_BTD)
+
+    def set_expert_load(self, counts_LE: Tensor) -> None:
+        """Gives the blocks with experts the load of the step before: `Routing.loss`'s counts, summed over that step."""
+        set_load(self.layers, counts_LE)
+
+    def _checked(self, positions_BT: Tensor) -> Tensor:
+        """The positions, if all have an embedding. On a GPU the lookup asserts it: looking here would wait for the GPU."""
+        longest = self.config.max_seq_len
+        if not positions_BT.is_cuda and positions_BT.numel() and (last := int(positions_BT.max())) >= longest:
+            raise UserError(
+                f"position {last} has no embedding: with positions: learned, max_seq_len {longest} is the end"
+            )
+        return positions_BT
 
 
 class GPT(nn.Module):
-    """A decoder-only language model. `forward` gives hidden states; `logits` and the chunked losses turn them into words."""
+    """A language model. `forward` gives hidden states; `logits` and the chunked losses turn them into words."""
 
     def __init__(self, config: GPTConfig, activation_checkpointing: bool = False):
         """Allocates the model; call `init_weights` or load a checkpoint before use."""
@@ -222,11 +320,21 @@ class GPT(nn.Module):
         self.model = Decoder(config, activation_checkpointing)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.d_model, self.model.embed_tokens.num_embeddings, bias=False)
+        use_layout(self, config)
 
     @property
     def head_weight(self) -> Tensor:
         """The output embedding [V, D]: the input embedding itself when they are tied."""
         return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    @property
+    def routing(self) -> Routing | None:
+        """Where the last forward pass in training sent its tokens; None without experts, and in evaluation."""
+        return self.model.routing
+
+    def set_expert_load(self, counts_LE: Tensor) -> None:
+        """See `Decoder.set_expert_load`."""
+        self.model.set_expert_load(counts_LE)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token [..., V] in fp32 or better."""
@@ -245,47 +353,61 @@ class GPT(nn.Module):
         Args:
             ids_BT: token ids.
             positions_BT: position of each token in its document. Default: counted on from the cache's length.
-            mask: bool [B or 1, 1, T, S], True where a query may attend; default: to itself and everything before.
+            mask: bool [B or 1, 1, T, S], True where a query may attend; default: to itself and everything before, or
+                if the model is not causal to everything. A sliding window narrows either.
             cache: receives the keys and values of these tokens; S is then its length after this call.
 
         Raises:
-            ValueError: if the cache cannot hold T more tokens.
+            ValueError: if the cache cannot hold T more tokens, or the model is not causal and can't have one; if a
+                position has no embedding.
         """
         T = ids_BT.shape[1]
         start = 0 if cache is None else cache.length
+        if cache is not None and not self.config.causal:
+            raise UserError("a model with causal: false fills in masked tokens: it cannot generate text")
         if cache is not None and start + T > cache.max_len:
             raise ValueError(f"the cache holds {cache.max_len} positions, {start} are filled: {T} more do not fit")
         if positions_BT is None:
             positions_BT = torch.arange(start, start + T, device=ids_BT.device)[None]
-        if mask is None and start and T > 1:
-            columns = torch.arange(start + T, device=ids_BT.device)
-            mask = (columns <= torch.arange(start, start + T, device=ids_BT.device)[:, None])[None, None]
-        hidden_BTD = self.model(ids_BT, positions_BT, mask, T > 1, cache)
+        hidden_BTD = self.model(ids_BT, positions_BT, mask, self.config.causal and T > 1, cache)
         if cache is not None:
             cache.length += T
         return hidden_BTD
 
 
-def document_mask(docs_BT: Tensor) -> Tensor:
-    """Which positions may see which, [B, 1, T, T]: earlier ones of the same document (numbers as in `data.loader.Batch`)."""
+def causal_mask(start: int, T: int, device: torch.device, window: int | None = None) -> Tensor:
+    """Which columns T tokens from column `start` on may see, [1, 1, T, start + T]: up to their own, the last `window`."""
+    columns_S = torch.arange(start + T, device=device)
+    own_T1 = columns_S[start:, None]
+    seen_TS = columns_S <= own_T1
+    return (seen_TS if window is None else seen_TS & (columns_S > own_T1 - window))[None, None]
+
+
+def document_mask(docs_BT: Tensor, causal: bool = True) -> Tensor:
+    """Which positions may see which, [B, 1, T, T]: those of the same document (numbers as in `data.loader.Batch`).
+
+    `causal`: only earlier ones, and itself.
+    """
     T = docs_BT.shape[1]
     same_BTT = docs_BT[:, :, None] == docs_BT[:, None, :]
-    return (same_BTT & torch.ones(T, T, dtype=torch.bool, device=docs_BT.device).tril())[:, None]
+    if causal:
+        same_BTT = same_BTT & torch.ones(T, T, dtype=torch.bool, device=docs_BT.device).tril()
+    return same_BTT[:, None]
 
 
 @torch.no_grad()
-def init_weights(model: GPT, seed: int) -> None:
-    """Sets every parameter once, from a generator of its own.
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Sets every parameter once, from a generator of its own. `model` is a GPT, or another head beside a Decoder.
 
     | parameter | value |
     |---|---|
-    | embeddings, head, q, k, v, gate, up | normal, std 0.02 |
+    | embeddings (also of positions), head, q, k, v, gate, up, routers | normal, std 0.02 |
     | o_proj, down_proj (they write to the residual stream) | normal, std 0.02 / sqrt(2 n_layers) (GPT-2) |
     | norm weights | 1 |
     | biases | 0 |
     """
     generator = torch.Generator().manual_seed(seed)
-    residual_std = 0.02 / math.sqrt(2 * model.config.n_layers)
+    residual_std = 0.02 / math.sqrt(2 * config_of(model).n_layers)
     for name, p in model.named_parameters():
         if name.endswith("norm.weight"):
             p.fill_(1.0)

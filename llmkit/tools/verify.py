@@ -6,8 +6,11 @@ import argparse
 from pathlib import Path
 
 from llmkit.config import UserError
+from llmkit.model.config import count_params
 from llmkit.model.gpt import GPT
-from llmkit.model.hf import count_parameters, read_config, read_tensors, shapes_of, weight_files
+from llmkit.model.heads import SequenceClassifier
+from llmkit.model.hf import checkpoint_shapes, misfits, read_config, read_labels, read_tensors, shapes_of, weight_files
+from llmkit.model.layouts import canonical_names
 from llmkit.storage import MANIFEST, Damaged, checkpoints_of, verify
 
 
@@ -26,19 +29,20 @@ def problems_of(folder: Path) -> list[str]:
         except Damaged as e:
             return [str(e)]  # no use in reading on
     try:
-        config, files = read_config(folder), weight_files(folder)
-        n_params, on_disk = count_parameters(config), sum(file.stat().st_size for file in files)
+        config, files, labels = read_config(folder), weight_files(folder), read_labels(folder)
+        if labels is not None:
+            config = config.model_copy(update={"tie_embeddings": True})  # a classifier has no head for words
+        n_params, on_disk = count_params(config).total, sum(file.stat().st_size for file in files)
         if n_params > on_disk:  # a config.json may claim anything, so it isn't built before this is known
             return [f"config.json asks for {n_params} parameters, the weights are {on_disk} bytes"]
         with torch.device("meta"):
-            own = {n: tuple(p.shape) for n, p in GPT(config).named_parameters()}
-        found = shapes_of(files)
+            model = GPT(config) if labels is None else SequenceClassifier(config, len(labels))
+        own = checkpoint_shapes(model)
+        raw = shapes_of(files)
+        found = {name: raw[old] for old, name in canonical_names(config, raw).items()}
         if config.tie_embeddings:
             found.pop("lm_head.weight", None)  # some writers repeat the tied tensor
-        for name in sorted(own.keys() | found.keys()):
-            asked, got = own.get(name, "nothing"), found.get(name, "nothing")
-            if asked != got:
-                problems.append(f"{name}: config.json asks for {asked}, found {got}")
+        problems += misfits(own, found)
         for file in [*files, *sorted((folder / "trainer_state").glob("*.safetensors"))]:
             for name, tensor in read_tensors(file):
                 if tensor.is_floating_point() and (n_bad := int((~tensor.isfinite()).sum())):

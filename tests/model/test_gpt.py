@@ -9,8 +9,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from llmkit.model.config import GPTConfig, RopeScaling
+from llmkit.config import UserError
+from llmkit.inference.config import SamplingConfig
+from llmkit.inference.generate import generate
+from llmkit.model.config import GPTConfig, Llama3Scaling
 from llmkit.model.gpt import GPT, KVCache, attend, document_mask, init_weights, rope_tables, rotate
+from llmkit.tokenizer import Tokenizer, TokenizerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +23,14 @@ def one_thread():
     torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
     yield
     torch.set_num_threads(before)
+
+
+GPT2 = {
+    "positions": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "qkv_bias": True, "o_bias": True, "mlp_bias": True,
+    "n_kv_heads": 4,
+}  # fmt: skip
+WINDOW = {"sliding_window": 5}
+SOME_WINDOWS = {"sliding_window": 5, "n_full_layers": 1, "qkv_bias": True}
 
 
 def build(seed: int = 0, std: float | None = None, activation_checkpointing: bool = False, **shape) -> GPT:
@@ -50,8 +62,9 @@ def random_ids(*shape: int, seed: int = 0, high: int = 50) -> Tensor:
 # --- initial weights ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_embeddings": False, "qk_norm": True}, {"qkv_bias": True}])
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": False, "qk_norm": True}, {"qkv_bias": True}, GPT2])
 def test_init_follows_its_table(options):
+    """B19: every parameter is hit, none left as it was."""
     n_layers = 3
     model = build(seed=1, n_layers=n_layers, d_model=128, d_ff=256, vocab_size=512, **options)
     with torch.no_grad():
@@ -89,7 +102,7 @@ def test_init_is_the_same_in_every_precision_and_differs_by_seed_and_tensor():
 # --- RoPE -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling(factor=8.0, original_max_seq_len=4096)])
+@pytest.mark.parametrize("scaling", [None, Llama3Scaling(factor=8.0, original_max_seq_len=4096)])
 def test_rope_is_exact_far_out_after_a_cast_to_bf16(scaling):
     model = build(rope_theta=500000.0, rope_scaling=scaling, max_seq_len=32768).to(torch.bfloat16)
     E = model.config.width_of_head
@@ -124,6 +137,7 @@ def test_rope_depends_on_distance_only_and_keeps_length():
 
 
 def test_two_thetas_live_in_one_process():
+    """B61."""
     ids = random_ids(1, 40)
     a, b = build(std=0.3, rope_theta=10000.0), build(std=0.3, rope_theta=1e6)
     alone = [m(ids) for m in (a, b)]
@@ -181,11 +195,73 @@ def test_grouped_heads_share_keys_in_order():
     torch.testing.assert_close(grouped(ids), full(ids), rtol=0, atol=1e-5)
 
 
-def test_later_tokens_do_not_change_earlier_states():
-    model, ids = build(std=0.3), random_ids(1, 30)
+@pytest.mark.parametrize("options", [{}, WINDOW, SOME_WINDOWS, GPT2])
+def test_later_tokens_do_not_change_earlier_states(options):
+    model, ids = build(std=0.3, **options), random_ids(1, 30)
     changed = ids.clone()
     changed[0, 20:] = (changed[0, 20:] + 1) % 50
     assert torch.equal(model(ids)[:, :20], model(changed)[:, :20])
+
+
+def test_without_causality_all_tokens_see_all():
+    model, ids = build(std=0.3, causal=False), random_ids(1, 30)
+    before = model(ids)
+    for place in (0, 15, 29):
+        changed = ids.clone()
+        changed[0, place] = (changed[0, place] + 1) % 50
+        assert ((model(changed) - before).abs().amax(-1) > 1e-5).all()
+    with pytest.raises(UserError, match=r"causal: false .* cannot generate"):
+        model(ids, cache=KVCache(model.config, 1, 30, torch.float32))
+
+
+@pytest.mark.parametrize("window,layers,reach", [(5, 1, 4), (5, 2, 8), (1, 3, 0), (29, 1, 28)])
+def test_a_window_ends_where_it_should(window, layers, reach):
+    """B56: a token sees itself and window - 1 before it, so after n blocks n (window - 1) before it reach it."""
+    model, ids = build(std=0.3, n_layers=layers, sliding_window=window), random_ids(1, 40)
+    before, at = model(ids), 10
+    ids[0, at] = (ids[0, at] + 1) % 50
+    moved = ((model(ids) - before)[0].abs().amax(-1) > 0).nonzero()[:, 0]
+    assert moved.tolist() == list(range(at, min(at + reach, 39) + 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 24}, {"sliding_window": 100}, {"causal": False}, GPT2])
+def test_no_mask_is_built_where_none_is_needed(options, monkeypatch):
+    model, ids = build(std=0.3, **options), random_ids(2, 24)
+    seen: list[tuple[bool, bool]] = []
+
+    def watched(q, k, v, mask, causal, dropout):
+        seen.append((mask is None, causal))
+        return attend(q, k, v, mask, causal, dropout)
+
+    monkeypatch.setattr("llmkit.model.gpt.attend", watched)
+    model(ids)
+    assert set(seen) == {(True, model.config.causal)}
+
+
+def test_a_step_with_the_cache_reads_the_window_alone(monkeypatch):
+    model, ids, widths = build(std=0.3, **SOME_WINDOWS), random_ids(2, 20), []
+
+    def watched(q, k, v, mask, causal, dropout):
+        widths.append((k.shape[2], mask))
+        return attend(q, k, v, mask, causal, dropout)
+
+    cache = KVCache(model.config, 2, 20, torch.float32)
+    model(ids[:, :19], cache=cache)
+    monkeypatch.setattr("llmkit.model.gpt.attend", watched)
+    model(ids[:, 19:], cache=cache)
+    assert widths == [(20, None), (5, None)]
+
+
+def test_learned_positions_end():
+    model, ids = build(std=0.3, **GPT2, max_seq_len=16), random_ids(1, 17)
+    assert torch.isfinite(model(ids[:, :16])).all()
+    for call in (
+        lambda: model(ids),
+        lambda: model(ids[:, :1], positions_BT=torch.tensor([[16]])),
+        lambda: model(ids, cache=KVCache(model.config, 1, 20, torch.float32)),
+    ):
+        with pytest.raises(UserError, match=r"position 16 has no embedding: .* max_seq_len 16"):
+            call()
 
 
 # --- documents in one row -------------------------------------------------------------------------------------------
@@ -202,13 +278,15 @@ def packed(lengths: list[int], T: int) -> tuple[Tensor, Tensor]:
     "T", [48, 640]
 )  # 640 is beyond the plain product: PyTorch's fused attention in both precisions
 @pytest.mark.parametrize("changed", [0, 1])
-def test_a_document_leaves_the_others_bitwise_alone(dtype, T, changed):
-    model = build(std=0.3, max_seq_len=1024).to(dtype)
+@pytest.mark.parametrize("options", [{}, WINDOW, {"causal": False}, GPT2])
+def test_a_document_leaves_the_others_bitwise_alone(dtype, T, changed, options):
+    """B31, B32."""
+    model = build(std=0.3, max_seq_len=1024, **options).to(dtype)
     split = T // 3
     docs, positions = packed([split, T - split - 5], T)
     ids = random_ids(1, T)
     other = torch.where(docs == changed, (ids + 7) % 50, ids)
-    mask = document_mask(docs)
+    mask = document_mask(docs, model.config.causal)
     a, b = (model.logits(model(x, positions, mask)) for x in (ids, other))
     same = docs[0] != changed
     assert torch.equal(a[0, same], b[0, same])
@@ -216,11 +294,12 @@ def test_a_document_leaves_the_others_bitwise_alone(dtype, T, changed):
     assert torch.isfinite(a).all()
 
 
-def test_a_packed_row_equals_its_documents_alone():
-    model, lengths, T = build(std=0.3), [7, 20, 1, 30], 64
+@pytest.mark.parametrize("options", [{}, WINDOW, SOME_WINDOWS, {"causal": False}, GPT2])
+def test_a_packed_row_equals_its_documents_alone(options):
+    model, lengths, T = build(std=0.3, **options), [7, 20, 1, 30], 64
     docs, positions = packed(lengths, T)
     ids = random_ids(1, T)
-    together = model(ids, positions, document_mask(docs))
+    together = model(ids, positions, document_mask(docs, model.config.causal))
     start = 0
     for n in lengths:
         alone = model(ids[:, start : start + n])
@@ -231,10 +310,15 @@ def test_a_packed_row_equals_its_documents_alone():
 # --- KV cache -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
-@given(chunks=st.lists(st.integers(1, 9), min_size=1, max_size=8), batch=st.integers(1, 3))
-def test_cached_equals_uncached_over_any_chunks_up_to_exactly_full(chunks, batch):
-    model, T = build(std=0.3), sum(chunks)
+@settings(max_examples=60, deadline=None)
+@given(
+    chunks=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    batch=st.integers(1, 3),
+    options=st.sampled_from([{}, WINDOW, {"sliding_window": 1}, {"sliding_window": 20}, SOME_WINDOWS, GPT2]),
+)
+def test_cached_equals_uncached_over_any_chunks_up_to_exactly_full(chunks, batch, options):
+    """B56."""
+    model, T = build(std=0.3, **options), sum(chunks)
     ids = random_ids(batch, T, seed=T)
     whole = model(ids)
     cache = KVCache(model.config, batch, T, torch.float32)
@@ -267,14 +351,32 @@ def test_cache_select_keeps_rows_in_order(kept):
     torch.testing.assert_close(model(ids[rows, 9:], cache=cache), model(ids)[rows, 9:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [WINDOW, SOME_WINDOWS, GPT2, {"sliding_window": 1}])
+def test_a_ragged_batch_generates_what_its_prompts_do_alone(options):
+    """B54, B56: left padding, windows and learned positions together; alone without a cache, as in training."""
+    tokenizer = Tokenizer.train([], TokenizerConfig(kind="byte"))
+    model = build(std=0.3, **options, vocab_size=320, max_seq_len=48)
+    prompts = [random_ids(n, seed=n, high=250).add(5).tolist() for n in (1, 9, 30, 17)]
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=12)
+    rows = generate(model, prompts, sampling, tokenizer=tokenizer)
+    assert all(len(row.ids) == 12 or row.finish_reason == "stop" for row in rows)
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids = torch.tensor([prompt + row.ids])
+        logits = model.logits(model(ids))[0, len(prompt) - 1 : -1, : tokenizer.vocab_size]
+        assert logits.argmax(-1).tolist() == row.ids
+        expected = logits.log_softmax(-1).max(-1).values
+        assert row.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 # --- training mode --------------------------------------------------------------------------------------------------
 
 
-def test_activation_checkpointing_gives_the_same_gradients_under_dropout():
+@pytest.mark.parametrize("options", [{}, SOME_WINDOWS, GPT2])
+def test_activation_checkpointing_gives_the_same_gradients_under_dropout(options):
     ids = random_ids(2, 16)
     grads = []
     for on in (False, True):
-        model = build(std=0.3, dropout=0.1, activation_checkpointing=on).train()
+        model = build(std=0.3, dropout=0.1, activation_checkpointing=on, **options).train()
         torch.manual_seed(5)
         model.logits(model(ids)).logsumexp(-1).sum().backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})
