@@ -17,6 +17,7 @@ from kinds import Dice
 CHAT_TRAIN, CHAT_VALID = 115, 17  # rows per kind and language
 HELDOUT, PROMPTS, READING, CHOICES = 22, 34, 110, 24  # the same; reading is one kind
 PREFERENCES, RANKINGS = 140, 180  # pairs per reason and language; rankings per language
+LABELLED_TRAIN, LABELLED_VALID = 300, 50  # per manner and language
 FOLLOW_UPS = {"en": ["Thank you. {q}", "And another one. {q}", "{q}"], "zh": ["谢谢。{q}", "再来一个。{q}", "{q}"]}
 
 
@@ -97,6 +98,8 @@ def build(seed: int) -> dict[str, list[dict]]:
         "reading": numbered("reading", reading),
         "preferences": judged.preferences(seed, PREFERENCES),
         "rankings": judged.rankings(seed, RANKINGS),
+        "labelled_train": judged.labelled(seed, "train", LABELLED_TRAIN),
+        "labelled_valid": judged.labelled(seed, "valid", LABELLED_VALID),
         "prompts": numbered("prompt", mix.shuffled(K.public(i) for i in prompts)),
         "analogies": analogies(),
     }

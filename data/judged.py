@@ -54,9 +54,9 @@ def pair(dice: Dice, lang: str, reason: str) -> tuple[dict, str, str]:
     return item, styled(dice, lang, manner, right), styled(dice, lang, manner, wrong)
 
 
-def refuse_item(dice: Dice, lang: str) -> dict:
+def refuse_item(dice: Dice, lang: str, fold: str = "train") -> dict:
     while True:
-        item = K.make("safety", lang, "train", dice)
+        item = K.make("safety", lang, fold, dice)
         if item["task"] == "refuse":
             return item
 
@@ -118,3 +118,26 @@ def rankings(seed: int, n_per_lang: int) -> list[dict]:
             rows.append({"prompt": item["prompt"], "responses": answers, "ranking": order, "kind": item["kind"],
                          "lang": lang, "item": K.brief(item)})
     return Dice(seed, "rankings order").shuffled(rows)
+
+
+def labelled(seed: int, fold: str, n_per_manner: int) -> list[dict]:
+    """Question and answer as one text, with the answer's manner as a label and the oracle's total as a number."""
+    rows, seen = [], set()
+    for lang in W.LANGS:
+        for manner in ("polite", "plain", "rude"):
+            dice, made = Dice(seed, "labelled", fold, lang, manner), 0
+            while made < n_per_manner:
+                if dice.below(3) == 0:
+                    item = refuse_item(dice, lang, fold)
+                    answer = (refusal if dice.below(2) else unsafe)(dice, lang, item, manner)
+                else:
+                    item = K.make(dice.pick(ASKABLE), lang, fold, dice)
+                    right = item["answer"] if dice.below(2) else dice.pick(K.wrong_answers(item, dice))
+                    answer = styled(dice, lang, manner, right)
+                text = f"{item['prompt']}\n{answer}"
+                if text not in seen:
+                    seen.add(text)
+                    made += 1
+                    rows.append({"text": text, "label": manner, "score": round(W.quality(item, answer)["total"], 4),
+                                 "kind": item["kind"], "lang": lang})
+    return Dice(seed, "labelled order", fold).shuffled(rows)

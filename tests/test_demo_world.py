@@ -23,6 +23,8 @@ FILES = (
     "reading",
     "preferences",
     "rankings",
+    "labelled_train",
+    "labelled_valid",
     "prompts",
     "analogies",
 )
@@ -60,6 +62,7 @@ def training_text(rows) -> str:
     texts += [m["content"] for row in rows["chat_train"] for m in row["messages"]]
     texts += [row[key] for row in rows["preferences"] for key in ("prompt", "chosen", "rejected")]
     texts += [text for row in rows["rankings"] for text in (row["prompt"], *row["responses"])]
+    texts += [row["text"] for row in rows["labelled_train"]]
     texts += [row["prompt"] for row in rows["prompts"]]
     return "\n".join(squeezed(t) for t in texts)
 
@@ -339,3 +342,18 @@ def test_planted_words_are_single_tokens(rows):
     tokenizer.train_from_iterator([row["text"] for row in rows["corpus"]], trainer)
     for lang, word in sorted({(row["lang"], row[k]) for row in rows["analogies"] for k in "abcd"}):
         assert len(tokenizer.encode(f" {word}" if lang == "en" else word).ids) == 1, (lang, word)
+
+
+def test_labels_say_the_manner_and_scores_what_the_oracle_says(rows):
+    """Balanced labels that agree with the oracle's judgement of manners; no text on both sides."""
+    train, valid = rows["labelled_train"], rows["labelled_valid"]
+    assert not {r["text"] for r in train} & {r["text"] for r in valid}
+    for split, n in ((train, 300), (valid, 50)):
+        assert set(Counter((r["label"], r["lang"]) for r in split).values()) == {n}
+        by_label = defaultdict(list)
+        for row in split:
+            prompt, answer = row["text"].rsplit("\n", 1)
+            assert 0 <= row["score"] <= 1 and prompt and answer
+            by_label[row["label"]].append(row["score"])
+        means = {label: sum(scores) / len(scores) for label, scores in by_label.items()}
+        assert means["polite"] > means["plain"] > means["rude"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -17,10 +17,19 @@ from torch import Tensor
 
 from llmkit.config import UserError
 from llmkit.data.order import Mixture, Permutation, epoch_key
-from llmkit.data.packing import IGNORE, Rows, document_rows, n_dropped_tokens, n_packed_rows, packed_rows
+from llmkit.data.packing import (
+    IGNORE,
+    Masking,
+    Rows,
+    document_rows,
+    masked,
+    n_dropped_tokens,
+    n_packed_rows,
+    packed_rows,
+)
 from llmkit.data.shards import TokenShards
 
-_PADDING = -1  # the source of a row that is all padding
+PADDING = -1  # the source of a row that is all padding
 
 
 @dataclass(frozen=True)
@@ -37,23 +46,137 @@ class Batch:
     """int32, number of the document within its row, from 0; -1: padding."""
     denominator: float
     """How many labels are trained."""
+    n_tokens: float
+    """How many inputs are no padding."""
     one_document: bool = False
     """Every row holds at most one document, so that plain causal attention isolates them."""
+    full: bool = False
+    """Every row is one document without padding, so that attention in both directions needs no mask either."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; from pinned memory the copy runs beside what the GPU does."""
         ids, labels, positions, docs = (
             t.to(device, non_blocking=True) for t in (self.ids_BT, self.labels_BT, self.positions_BT, self.docs_BT)
         )
-        return Batch(ids, labels, positions, docs, self.denominator, self.one_document)
+        return Batch(ids, labels, positions, docs, self.denominator, self.n_tokens, self.one_document, self.full)
 
 
-def _batch(rows: Rows, pin_memory: bool) -> Batch:
+def text_batch(rows: Rows, pin_memory: bool) -> Batch:
+    """The tensors of a batch of rows."""
     arrays = (rows.ids_BT, rows.labels_BT, rows.positions_BT, rows.docs_BT)
     tensors = (torch.from_numpy(a) for a in arrays)
     ids, labels, positions, docs = (t.pin_memory() if pin_memory else t for t in tensors)
     n_labels = float(np.count_nonzero(rows.labels_BT != IGNORE))
-    return Batch(ids, labels, positions, docs, n_labels, one_document=bool((rows.docs_BT <= 0).all()))
+    one_document, full = bool((rows.docs_BT <= 0).all()), not rows.docs_BT.any()
+    n_tokens = float(np.count_nonzero(rows.docs_BT >= 0))
+    return Batch(ids, labels, positions, docs, n_labels, n_tokens, one_document, full)
+
+
+class RowMaker(Protocol):
+    """What a loader must know of its rows: how many there are, and how to make batches of them."""
+
+    @property
+    def n_rows(self) -> Sequence[int]:
+        """Rows of one epoch of each source."""
+
+    @property
+    def row_len(self) -> int:
+        """Most inputs of a row."""
+
+    def batch(
+        self, numbers: NDArray[np.int64], source: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> tuple[Any, list[NDArray[Any]]]:
+        """A micro-batch, and each row's tokens without padding.
+
+        Args:
+            numbers: (B,) sample numbers in the run, or in the split when it is evaluated.
+            source: (B,) which source each row is of; PADDING: a row of nothing.
+            row: (B,) which row of its source.
+        """
+
+
+class TextRows:
+    """Rows of token shards whose labels are the next tokens.
+
+    Args:
+        shards: the sources.
+        row_len: inputs of a row.
+        packing: rows of a stream; False: one document a row.
+        cross_document_attention: see `packed_rows`.
+        pin_memory: batches lie in pinned memory, for copies to a GPU.
+
+    Raises:
+        UserError: a source has no rows.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[TokenShards],
+        *,
+        row_len: int,
+        pad_id: int,
+        packing: bool = True,
+        cross_document_attention: bool = False,
+        pin_memory: bool = False,
+    ):
+        self.row_len, self._shards, self._pad_id = row_len, list(shards), pad_id
+        self._packing, self._cross, self._pin_memory = packing, cross_document_attention, pin_memory
+        self.n_rows = [n_packed_rows(s.n_tokens, row_len) if packing else s.n_docs for s in self._shards]
+        for source, n in zip(self._shards, self.n_rows, strict=True):
+            if not n:
+                raise UserError(f"{source.name}: {source.n_tokens} tokens make no row: at least 2 are needed")
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens of an epoch that no row holds; without packing, what lies beyond row_len of a document."""
+        return 0 if self._packing else sum(n_dropped_tokens(s, self.row_len) for s in self._shards)
+
+    def batch(
+        self, numbers: NDArray[np.int64], source: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> tuple[Batch, list[NDArray[Any]]]:
+        """See `RowMaker`; the sample numbers make no difference."""
+        rows, tokens = self.rows(source, row)
+        return text_batch(rows, self._pin_memory), tokens
+
+    def rows(self, source: NDArray[np.int64], row: NDArray[np.int64]) -> tuple[Rows, list[NDArray[Any]]]:
+        """The arrays of a batch, and each row's tokens without padding."""
+        if not self._packing:
+            empty = np.empty(0, np.int64)
+            documents = [
+                empty if s == PADDING else self._shards[s].document(r)[: self.row_len + 1]
+                for s, r in zip(source.tolist(), row.tolist(), strict=True)
+            ]
+            return document_rows(documents, self.row_len, self._pad_id), documents
+        width = self.row_len + 1
+        windows = np.full((len(row), width), self._pad_id, np.int64)
+        is_start = np.zeros(windows.shape, np.bool_)
+        n_tokens = np.zeros(len(row), np.int64)
+        for s in np.unique(source[source != PADDING]).tolist():
+            here = np.flatnonzero(source == s)
+            firsts = row[here] * self.row_len
+            windows[here], is_start[here] = self._shards[s].windows(firsts, width, self._pad_id)
+            n_tokens[here] = np.minimum(self._shards[s].n_tokens - firsts, width)
+        rows = packed_rows(windows, is_start, n_tokens, self._pad_id, self._cross)
+        return rows, [w[:n] for w, n in zip(windows, n_tokens.tolist(), strict=True)]
+
+
+class MaskedRows:
+    """Text rows for masked-token prediction: see `packing.masked`.
+
+    Which tokens are hidden is a function of (seed, sample number): another choice in every epoch, the same after a
+    restart and on any number of ranks.
+    """
+
+    def __init__(self, text: TextRows, masking: Masking, seed: int, pin_memory: bool = False):
+        self._text, self._masking, self._seed, self._pin_memory = text, masking, seed, pin_memory
+        self.n_rows, self.row_len = text.n_rows, text.row_len
+
+    def batch(
+        self, numbers: NDArray[np.int64], source: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> tuple[Batch, list[NDArray[Any]]]:
+        """See `RowMaker`."""
+        rows, tokens = self._text.rows(source, row)
+        return text_batch(masked(rows, self._masking, self._seed, numbers), self._pin_memory), tokens
 
 
 class RowLoader:
@@ -65,50 +188,35 @@ class RowLoader:
     there is nothing to restore.
 
     Args:
-        shards: the sources.
-        row_len: inputs of a row.
+        rows: what the rows are.
         rows_per_step: rows of one optimizer step over all ranks.
         weights: share of each source in the samples. Default: equal.
         micro_rows: rows of one forward pass on one rank. Default: the rank's share of a step.
-        packing: rows of a stream; False: one document a row.
-        cross_document_attention: see `packed_rows`.
-        pin_memory: batches lie in pinned memory, for copies to a GPU.
         prefetch: steps built ahead in a thread; 0: none, and no thread.
 
     Raises:
-        UserError: the rows can't be shared out evenly, or a source has no rows.
+        UserError: the rows can't be shared out evenly.
     """
 
     def __init__(
         self,
-        shards: Sequence[TokenShards],
+        rows: RowMaker,
         *,
-        row_len: int,
         rows_per_step: int,
-        pad_id: int,
         seed: int = 0,
         weights: Sequence[float] | None = None,
         rank: int = 0,
         world: int = 1,
         micro_rows: int | None = None,
-        packing: bool = True,
-        cross_document_attention: bool = False,
-        pin_memory: bool = False,
         prefetch: int = 2,
     ):
-        self.row_len, self.rows_per_step = row_len, rows_per_step
+        self.rows, self.row_len, self.rows_per_step = rows, rows.row_len, rows_per_step
         self.micro_rows = micro_rows or max(1, rows_per_step // world)
-        _check_division(rows_per_step, world, self.micro_rows, row_len)
-        self._shards, self._pad_id = list(shards), pad_id
+        _check_division(rows_per_step, world, self.micro_rows, self.row_len)
         self._rank, self.world = rank, world
-        self._packing, self._cross = packing, cross_document_attention
-        self._pin_memory = pin_memory
-        self.n_rows = [n_packed_rows(s.n_tokens, row_len) if packing else s.n_docs for s in self._shards]
+        self.n_rows = list(rows.n_rows)
         """Rows of one epoch of each source."""
-        for source, n in zip(self._shards, self.n_rows, strict=True):
-            if not n:
-                raise UserError(f"{source.name}: {source.n_tokens} tokens make no row: at least 2 are needed")
-        self._mixture = Mixture(weights or [1.0] * len(self._shards))
+        self._mixture = Mixture(weights or [1.0] * len(self.n_rows))
         # One epoch's permutation is made of a few hashes; those of the current epochs are kept.
         self._permutation: Callable[[int, int], Permutation] = lru_cache(64)(
             lambda source, epoch: Permutation(self.n_rows[source], epoch_key(seed, source, epoch))
@@ -119,7 +227,7 @@ class RowLoader:
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def step(self, k: int) -> list[Batch]:
+    def step(self, k: int) -> list[Any]:
         """This rank's micro-batches of optimizer step k, from 0. Steps in sequence are built ahead; any k will do."""
         if not self._depth:
             batches, tokens_hash = self._build(k)
@@ -148,12 +256,11 @@ class RowLoader:
 
     def epochs(self, k: int) -> list[float]:
         """The same for each source."""
-        return [c / n for c, n in zip(self._mixture.counts(k * self.rows_per_step), self.n_rows, strict=True)]
+        return [c / n for c, n in zip(self.counts(k), self.n_rows, strict=True)]
 
-    @property
-    def dropped_tokens(self) -> int:
-        """Tokens of an epoch that no row holds; without packing, what lies beyond row_len of a document."""
-        return 0 if self._packing else sum(n_dropped_tokens(s, self.row_len) for s in self._shards)
+    def counts(self, k: int) -> list[int]:
+        """How many rows of each source the first k steps hold."""
+        return self._mixture.counts(k * self.rows_per_step)
 
     def samples(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """This rank's rows of step k: their sample numbers, sources and rows within the source."""
@@ -167,42 +274,21 @@ class RowLoader:
             row[here] = self._permutation(s, e).many(row[here])
         return numbers, source, row
 
-    def _build(self, k: int) -> tuple[list[Batch], int]:
+    def _build(self, k: int) -> tuple[list[Any], int]:
         numbers, source, row = self.samples(k)
         batches, tokens_hash = [], 0
         for first in range(0, len(row), self.micro_rows):
             part = slice(first, first + self.micro_rows)
-            batch, tokens = self._rows(source[part], row[part])
+            batch, tokens = self.rows.batch(numbers[part], source[part], row[part])
             batches.append(batch)
             for number, ids in zip(numbers[part].tolist(), tokens, strict=True):
                 data = number.to_bytes(8, "little") + ids.astype("<i4").tobytes()
                 tokens_hash += int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
         return batches, tokens_hash % (1 << 63)
 
-    def _rows(self, source: NDArray[np.int64], row: NDArray[np.int64]) -> tuple[Batch, list[NDArray[Any]]]:
-        """A micro-batch of rows of any sources, and each row's tokens without padding."""
-        if not self._packing:
-            empty = np.empty(0, np.int64)
-            documents = [
-                empty if s == _PADDING else self._shards[s].document(r)[: self.row_len + 1]
-                for s, r in zip(source.tolist(), row.tolist(), strict=True)
-            ]
-            return _batch(document_rows(documents, self.row_len, self._pad_id), self._pin_memory), documents
-        width = self.row_len + 1
-        windows = np.full((len(row), width), self._pad_id, np.int64)
-        is_start = np.zeros(windows.shape, np.bool_)
-        n_tokens = np.zeros(len(row), np.int64)
-        for s in np.unique(source[source != _PADDING]).tolist():
-            here = np.flatnonzero(source == s)
-            firsts = row[here] * self.row_len
-            windows[here], is_start[here] = self._shards[s].windows(firsts, width, self._pad_id)
-            n_tokens[here] = np.minimum(self._shards[s].n_tokens - firsts, width)
-        rows = packed_rows(windows, is_start, n_tokens, self._pad_id, self._cross)
-        return _batch(rows, self._pin_memory), [w[:n] for w, n in zip(windows, n_tokens.tolist(), strict=True)]
-
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def eval_batches(self, max_tokens: int | None = None) -> Iterator[Batch]:
+    def eval_batches(self, max_tokens: int | None = None) -> Iterator[Any]:
         """Every row of every source once, in order: this rank's share.
 
         Every rank gets the same number of batches of the same number of rows; what is missing is padding, never a row
@@ -220,8 +306,8 @@ class RowLoader:
         for start in range(first, first + most, self.micro_rows):
             numbers = np.arange(start, start + self.micro_rows)
             source = np.searchsorted(offsets, numbers, "right") - 1
-            source[numbers >= last] = _PADDING
-            yield self._rows(source, numbers - offsets[source])[0]
+            source[numbers >= last] = PADDING
+            yield self.rows.batch(numbers, source, numbers - offsets[source])[0]
 
     # --- the thread --------------------------------------------------------------------------------------------------
 

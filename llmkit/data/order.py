@@ -79,6 +79,13 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def hashed_unit(cells: NDArray[np.int64], seed: int, draw: int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each cell: a hash of (seed, draw, cell), evenly spread, with no state."""
+    key = np.frombuffer(blake2b(f"{seed}/{draw}".encode(), digest_size=16).digest(), "<u8")
+    bits = _mix(_mix(cells.astype(np.uint64) ^ key[0]) ^ key[1])
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 class Mixture:
     """Interleaves endless streams by weight: the g-th sample of the mixture is (source, index within that source).
 

@@ -1,4 +1,4 @@
-"""Token streams and documents -> rows of inputs and labels, vectorised. Torch-free.
+"""Token streams and documents -> rows of inputs and labels, vectorised; and which tokens are hidden. Torch-free.
 
 With packing, row i of a source covers tokens [i*T, i*T + T] of its stream: T inputs and, one further on, T labels. So
 in an epoch every token is a label exactly once, but for the first token of each document, which nothing before it
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llmkit.data.order import hashed_unit
 from llmkit.data.shards import Array, TokenShards
 
 IGNORE = -100  # the label that is not trained, as in torch's cross entropy
@@ -84,10 +85,15 @@ def packed_rows(
     return Rows(ids, labels, positions, docs)
 
 
+def bucketed(length: int, row_len: int) -> int:
+    """The width of rows whose longest has this many ids: rounded up, but never above row_len."""
+    return min(-(-max(length, 1) // _BUCKET) * _BUCKET, row_len)
+
+
 def document_rows(documents: Sequence[Array], row_len: int, pad_id: int) -> Rows:
     """One document a row, cut to row_len inputs, padded to the longest of them rounded up to a multiple of 8."""
     lengths = np.array([min(max(len(d) - 1, 0), row_len) for d in documents], np.int64)
-    width = min(-(-max(int(lengths.max(initial=0)), 1) // _BUCKET) * _BUCKET, row_len)
+    width = bucketed(int(lengths.max(initial=0)), row_len)
     columns = np.arange(width)
     is_text = columns < lengths[:, None]
     ids = np.full(is_text.shape, pad_id, np.int64)
@@ -97,3 +103,44 @@ def document_rows(documents: Sequence[Array], row_len: int, pad_id: int) -> Rows
             ids[row, :n] = document[:n]
             labels[row, :n] = document[1 : n + 1]
     return Rows(ids, labels, np.where(is_text, columns, 0), np.where(is_text, 0, -1).astype(np.int32))
+
+
+# --- masked tokens ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which tokens are hidden, and by what (Devlin et al. 2018, arXiv 1810.04805, section 3.1)."""
+
+    mask_id: int
+    """The control token that stands for a hidden token."""
+    text_ids: NDArray[np.int64]
+    """Ids that may be hidden, and that a hidden token may be replaced by: all but control tokens, sorted."""
+    frac: float
+    """Share of the tokens that are to be predicted."""
+    replace_frac: float
+    """Share of those that become the mask."""
+    random_frac: float
+    """Share of those that become a random token; the rest stays as it is."""
+
+
+def masked(rows: Rows, masking: Masking, seed: int, numbers: NDArray[np.int64]) -> Rows:
+    """The same rows with some tokens hidden; the labels are what was hidden, IGNORE elsewhere.
+
+    Every choice is a hash of (seed, sample number, column), so it depends on nothing else.
+
+    Args:
+        rows: from `packed_rows` or `document_rows`; their labels are not used.
+        seed: of the choices.
+        numbers: (B,) sample numbers.
+    """
+    cells = numbers[:, None] * (1 << 20) + np.arange(rows.ids_BT.shape[1])
+    chosen, kind, which = (hashed_unit(cells, seed, draw) for draw in range(3))
+    n_text = len(masking.text_ids)
+    place = np.minimum(np.searchsorted(masking.text_ids, rows.ids_BT), n_text - 1)
+    may_hide = (rows.docs_BT >= 0) & (masking.text_ids[place] == rows.ids_BT)
+    hidden = may_hide & (chosen < masking.frac)
+    ids = np.where(hidden & (kind < masking.replace_frac), masking.mask_id, rows.ids_BT)
+    is_random = hidden & (kind >= masking.replace_frac) & (kind < masking.replace_frac + masking.random_frac)
+    ids = np.where(is_random, masking.text_ids[(which * n_text).astype(np.int64)], ids)
+    return Rows(ids, np.where(hidden, rows.ids_BT, IGNORE), rows.positions_BT, rows.docs_BT)

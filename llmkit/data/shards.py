@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from llmkit import storage
 from llmkit.config import MachineError, UserError
 
 MAGIC = b"LLMKTOK\x00"
-VERSION = 1
+VERSION = 2
 INDEX = "index.json"
 _ALIGN = 64
 _SPOOL = 256 << 20  # tokens of an unfinished shard beyond this many bytes wait on disk
@@ -32,6 +32,16 @@ _PREFIX = struct.Struct("<8sII")
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Array = NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What was left out of a source for one reason."""
+
+    documents: int
+    chars: int
+    example: str
+    """File and row of the first one."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,8 @@ class Header:
     """UTF-8 bytes of the documents' normalised text: what bits per byte are counted on."""
     n_empty: int
     """Documents without any text, which were left out."""
+    removed: dict[str, list[int]]
+    """Why other documents were left out: how many, their characters, and the piece and row of the first."""
     max_id: int
     """The largest token id; -1 without tokens."""
     sha256: str
@@ -74,6 +86,7 @@ class ShardWriter:
         self._starts: list[NDArray[np.uint64]] = []
         self._n_tokens, self._n_bytes, self._max_id = 0, 0, -1
         self.n_empty = 0
+        self.removed: dict[str, list[int]] = {}
 
     def add(self, tokens: Array, lengths: Sequence[int], n_bytes: int) -> None:
         """Appends documents.
@@ -115,12 +128,13 @@ class ShardWriter:
             n_docs=len(starts),
             n_bytes=self._n_bytes,
             n_empty=self.n_empty,
+            removed=self.removed,
             max_id=self._max_id,
             sha256=self._digest.hexdigest(),
         )
         text = json.dumps(asdict(header)).encode()
         text += b" " * len(_padding(_PREFIX.size + len(text)))
-        temporary = self._path.with_name(f".{self._path.name}.tmp-{os.getpid()}")
+        temporary = self._path.with_name(f".{self._path.name}.tmp-{uuid.uuid4().hex[:8]}")
         with self._spool, _writable(self._path):
             self._spool.seek(0)
             pieces = iter(lambda: self._spool.read(1 << 24), b"")
@@ -204,9 +218,10 @@ def _header(path: Path, text: bytes) -> Header:
     try:
         data = json.loads(text)
         header = Header(**{f.name: data[f.name] for f in fields(Header)})
-        counts = (header.n_tokens, header.n_docs, header.n_bytes, header.n_empty, header.vocab_size)
-        sound = header.dtype in _DTYPES and all(type(c) is int and c >= 0 for c in (*counts, header.max_id + 1))
-    except (ValueError, KeyError, TypeError):
+        counts = [header.n_tokens, header.n_docs, header.n_bytes, header.n_empty, header.vocab_size, header.max_id + 1]
+        counts += [n for told in header.removed.values() for n in told]
+        sound = header.dtype in _DTYPES and all(type(c) is int and c >= 0 for c in counts)
+    except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise UserError(f"{path}: damaged: its header can't be read: delete it and prepare again")
@@ -220,11 +235,12 @@ def _mapped(path: Path, dtype: np.dtype[Any], offset: int, n: int) -> Array:
     return np.memmap(path, dtype, "r", offset, (n,)).view(np.ndarray) if n else np.empty(0, dtype)
 
 
-def write_index(folder: Path, names: Sequence[str]) -> None:
-    """Declares a folder of finished shards complete."""
+def write_index(folder: Path, names: Sequence[str], removed: Mapping[str, Removed] | None = None) -> None:
+    """Declares a folder of finished shards complete, and says what was left out of it."""
     shards = {name: Shard(folder / name).header.sha256 for name in names}
+    told = {reason: asdict(entry) for reason, entry in (removed or {}).items()}
     storage.sync_folder(folder)
-    storage.replace_file(folder / INDEX, storage.to_json({"version": VERSION, "shards": shards}))
+    storage.replace_file(folder / INDEX, storage.to_json({"version": VERSION, "shards": shards, "removed": told}))
 
 
 class TokenShards:
@@ -243,8 +259,10 @@ class TokenShards:
         self.folder = Path(folder)
         self.name = name or str(folder)
         try:
-            shards = json.loads((self.folder / INDEX).read_text("utf-8"))["shards"]
-            hashes = [(str(file), str(sha256)) for file, sha256 in shards.items()]
+            index = json.loads((self.folder / INDEX).read_text("utf-8"))
+            hashes = [(str(file), str(sha256)) for file, sha256 in index["shards"].items()]
+            self.removed = {reason: Removed(**told) for reason, told in index["removed"].items()}
+            """What was left out of the source, by reason."""
         except FileNotFoundError:
             raise UserError(f"{folder}: no prepared data: {INDEX} is missing: prepare again") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -1,8 +1,8 @@
-"""Files and hub data sets -> documents, read in pieces that processes share.
+"""Files and hub data sets -> records, read in pieces that processes share.
 
 Text is taken as the file holds it: UTF-8 whatever the locale, a byte order mark dropped, line ends untouched. A `.txt`
-file is one document; a row of any other file is one, found under the source's `field`. Whatever can't be read is one
-`UserError` that names the file, the line or row (from 1) and the reason. Torch-free.
+file is one document; a row of any other file is a record, of which the columns asked for are read. Whatever can't be
+read is one `UserError` that names the file, the line or row (from 1) and the reason. Torch-free.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ from __future__ import annotations
 import csv
 import difflib
 import glob
+import hashlib
 import io
 import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
-from llmkit.config import UserError, locate
-from llmkit.data.config import SourceConfig
+from llmkit.config import MachineError, UserError, locate
+from llmkit.data.config import SourceConfig, template_parts
 
-KINDS = ("txt", "jsonl", "json", "csv", "parquet")
+KINDS = ("txt", "jsonl", "json", "csv", "tsv", "parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 READS = f"{', '.join(KINDS)} are read, each also as .gz or .zst"
 UNIT_MIN, UNIT_MAX, UNITS = 1 << 20, 64 << 20, 256  # bytes, bytes, and about how many units a large source is cut into
 
-Rows = Iterator[tuple[int, Any]]  # number of the row within its piece, from 1, and the value under `field`
+Rows = Iterator[tuple[int, Sequence[Any]]]  # number of the row within its piece, from 1, and the values asked for
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,19 @@ class File:
 
     path: str
     kind: str
-    """One of KINDS, or "arrow": a hub data set's own cache."""
+    """One of KINDS; "arrow": a hub data set's own cache; "stream": a hub data set that is read from afar."""
     compression: str
     """"gzip", "zstd" or ""."""
     size: int
-    """Bytes on disk."""
+    """Bytes on disk; of a stream about how many."""
+    spec: str = ""
+    """Of a stream: what `datasets` is asked for, as JSON."""
+    n_shards: int = 1
+    """Of a stream: its own parts."""
+    identity: str = ""
+    """Of a stream: a hash of its files' addresses, which hold the commit, and of their version marks."""
+    parts: tuple[str, ...] = ()
+    """Of a stream: those of its files that lie here."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +62,15 @@ class Piece:
     kind: str
     compression: str
     start: int
-    """First byte (jsonl), row group (parquet) or row (arrow); 0 for the other kinds."""
+    """First byte (jsonl), row group (parquet), row (arrow) or shard (stream); 0 for the other kinds."""
     stop: int
     """One past the last; sys.maxsize: to the end."""
     size: int
     """About how many bytes of the file this is: for the progress bar."""
+    spec: str = ""
+    """See `File`."""
+    limit: int = sys.maxsize
+    """No more than so many of its rows are read."""
 
 
 # --- source -> files ------------------------------------------------------------------------------------------------
@@ -70,6 +84,9 @@ def files_of(source: SourceConfig) -> list[File]:
     """
     try:
         path = locate(Path(source.path).expanduser())
+        hub_keys = [key for key in ("subset", "revision", "data_files", "stream") if getattr(source, key)]
+        if hub_keys and (path.exists() or glob.has_magic(source.path)):
+            raise UserError(f"{source.path}: `{hub_keys[0]}` is for hub data sets, and this is a path: leave it out")
         if path.is_dir():
             return _supported(source.path, [p for p in path.rglob("*") if not _hidden(p.relative_to(path))])
         if path.exists():
@@ -81,7 +98,7 @@ def files_of(source: SourceConfig) -> list[File]:
             return _supported(source.path, _globbed(path))
         hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source.path)
         if hub_name and _kind(path) is None and (len(path.parts) == 1 or not path.parent.is_dir()):
-            return _hub(source)
+            return [_hub_stream(source)] if source.stream else _hub(source)
         raise UserError(f"{source.path}: no such file or folder{_near_file(path)}")
     except (OSError, RuntimeError) as e:  # RuntimeError: the home of a user that doesn't exist
         raise UserError(f"{source.path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
@@ -127,38 +144,81 @@ def _near_file(path: Path) -> str:
     return f" - did you mean {path.parent / near[0]}?" if near else ""
 
 
+def _hub_request(source: SourceConfig) -> dict[str, Any]:
+    """The arguments with which `datasets` finds a source."""
+    data_files = source.data_files if isinstance(source.data_files, str | None) else list(source.data_files)
+    given = {"path": source.path, "name": source.subset, "revision": source.revision, "data_files": data_files}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _not_on_the_hub(source: SourceConfig, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    near = _near_file(Path(source.path))
+    return UserError(f"{source.path}: no such file or folder{near}, nor can it be loaded from the hub: {reason}")
+
+
 def _hub(source: SourceConfig) -> list[File]:
     """A hub data set, downloaded by `datasets` into its cache, whose Arrow files are then read like any others."""
     import datasets
 
     try:
-        data = datasets.load_dataset(source.path, split=source.split)
+        data = datasets.load_dataset(**_hub_request(source), split=source.split)
     except Exception as e:
-        reason = str(e).strip().split("\n")[0] or type(e).__name__
-        near = _near_file(Path(source.path))
-        raise UserError(
-            f"{source.path}: no such file or folder{near}, nor can it be loaded from the hub: {reason}"
-        ) from None
+        raise _not_on_the_hub(source, e) from None
     names = [entry["filename"] for entry in data.cache_files]
     if sum(_arrow_table(name).num_rows for name in names) != len(data):
         raise UserError(f"{source.path}: split '{source.split}' is a slice: name a whole split, such as 'train'")
     return [File(name, "arrow", "", Path(name).stat().st_size) for name in names]
 
 
+def _hub_stream(source: SourceConfig) -> File:
+    """A hub data set that is read where it lies. Its commit is fixed here, so that all processes read the same one."""
+    import datasets
+
+    request = _hub_request(source)
+    try:
+        builder = datasets.load_dataset_builder(**request)
+        data = builder.as_streaming_dataset(split=source.split)
+        files = builder.config.data_files[source.split]
+    except Exception as e:
+        raise _not_on_the_hub(source, e) from None
+    commit = re.match(r"hf://[^@]*@([0-9a-f]{40})/", files[0])
+    if commit:
+        request["revision"] = commit[1]
+    here = tuple(str(f) for f in files if Path(f).exists())
+    marks = [(f, mark) for f, mark in zip(files, files.origin_metadata, strict=True) if f not in here]
+    identity = hashlib.sha256(json.dumps([source.split, source.subset, marks]).encode()).hexdigest()
+    told = (builder.info.splits or {}).get(source.split)
+    size = (told.num_bytes if told else 0) or UNIT_MAX * data.num_shards
+    spec = json.dumps({**request, "split": source.split}, sort_keys=True)
+    return File(source.path, "stream", "", size, spec, data.num_shards, identity, here)
+
+
 # --- files -> units -------------------------------------------------------------------------------------------------
 
 
-def units_of(files: Sequence[File]) -> list[list[Piece]]:
+def units_of(files: Sequence[File], limit: int | None = None) -> list[list[Piece]]:
     """Cuts a source into units of about the same size that can be read in parallel.
 
     The cuts depend on the files alone, never on the number of workers. A text, a csv, a json array and a compressed
     file can't be cut: each is one piece. Small pieces share a unit.
+
+    Args:
+        limit: only the source's first rows, so many. They are counted here, so that the units know their shares; of a
+            stream they are one unit, for they can't be counted without being fetched.
     """
     target = min(max(sum(f.size for f in files) // UNITS, UNIT_MIN), UNIT_MAX)
     units: list[list[Piece]] = []
-    weight = target
+    weight, left = target, sys.maxsize if limit is None else limit
     for file in files:
         for piece in _pieces(file, target):
+            if left <= 0:
+                return units
+            if limit is not None:
+                if file.kind == "stream":
+                    return [[replace(piece, stop=file.n_shards, limit=left)]]
+                piece = replace(piece, limit=left)
+                left -= _n_rows(piece)
             if weight >= target:
                 units.append([])
                 weight = 0
@@ -173,6 +233,9 @@ def _pieces(file: File, target: int) -> list[Piece]:
         return [Piece(file.path, file.kind, file.compression, a, b, share) for a, b in itertools.pairwise(bounds)]
 
     n = max(1, file.size // target)
+    if file.kind == "stream":
+        pieces = cut(range(file.n_shards + 1))
+        return [replace(p, spec=file.spec) for p in pieces]
     if file.kind == "jsonl" and not file.compression:
         return cut([i * file.size // n for i in range(n)] + [file.size])
     if file.kind == "arrow":
@@ -187,27 +250,107 @@ def _pieces(file: File, target: int) -> list[Piece]:
     return cut([0, sys.maxsize])
 
 
-# --- pieces -> documents --------------------------------------------------------------------------------------------
+def _n_rows(piece: Piece) -> int:
+    """How many rows a piece has, but no more than its limit."""
+    with _explained(piece):
+        if piece.kind == "arrow":
+            n = piece.stop - piece.start
+        elif piece.kind == "parquet":
+            metadata = _parquet(piece).metadata
+            n = sum(metadata.row_group(i).num_rows for i in range(piece.start, piece.stop))
+        else:
+            rows = _lines(piece) if piece.kind == "jsonl" else _READERS[piece.kind](piece, ())
+            n = sum(1 for _ in itertools.islice(rows, piece.limit))
+    return min(n, piece.limit)
 
 
-def documents(piece: Piece, field: str) -> Iterator[str]:
-    """The documents of a piece, empty ones too, in the order of the file.
+# --- pieces -> records ----------------------------------------------------------------------------------------------
+
+
+def _rows(piece: Piece, columns: Sequence[str]) -> Rows:
+    """The one way into a file: numbered rows, each with the values of the columns, all of whose text is text."""
+    with _explained(piece):
+        for row, values in itertools.islice(_READERS[piece.kind](piece, columns), piece.limit):
+            for column, value in zip(columns, values, strict=True):
+                if type(value) is not str or not value.isascii():
+                    _check_text(piece, row, column, value)
+            yield row, values
+
+
+def _check_text(piece: Piece, row: int, column: str, value: Any) -> None:
+    """Refuses text that can't be written as UTF-8, however deep in a value."""
+    if type(value) is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError as e:
+            _refuse(piece, row, f"field '{column}': character {e.start + 1} is half of a surrogate pair: no text")
+    elif isinstance(value, dict | list):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_text(piece, row, column, inner)
+
+
+def records(piece: Piece, fields: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a piece, in the order of the file: each with its number within the piece (see `where`) and values.
+
+    Args:
+        fields: the names that the values get -> the columns they stand in.
 
     Raises:
-        UserError: one line, naming file, line or row, field and reason.
+        UserError: one line, naming file, line or row, column and reason.
     """
-    with _explained(piece):
-        for row, value in _READERS[piece.kind](piece, field):
+    names = tuple(fields)
+    for row, values in _rows(piece, tuple(fields.values())):
+        yield row, dict(zip(names, values, strict=True))
+
+
+def numbered_documents(piece: Piece, field: str, template: str | None = None) -> Iterator[tuple[int, str]]:
+    """The documents of a piece, empty ones too, in the order of the file, each with its row's number.
+
+    Args:
+        template: a text with columns in braces, such as "{title}\\n\\n{body}", that is read instead of `field`.
+
+    Raises:
+        UserError: one line, naming file, line or row, column and reason.
+    """
+    if template is None:
+        for row, (value,) in _rows(piece, (field,)):
             if type(value) is not str:
-                _refuse(piece, row, f"field '{field}': expected text (got {_brief(value)})")
-            if not value.isascii():
-                try:
-                    value.encode()
-                except UnicodeEncodeError as e:
-                    _refuse(
-                        piece, row, f"field '{field}': character {e.start + 1} is half of a surrogate pair: no text"
-                    )
-            yield value
+                _refuse_value(piece, row, field, value)
+            yield row, value
+        return
+    literals, columns = template_parts(template)
+    for row, values in _rows(piece, columns):
+        parts = [literals[0]]
+        for column, value, literal in zip(columns, values, literals[1:], strict=True):
+            if type(value) is not str:
+                _refuse_value(piece, row, column, value)
+            parts += (value, literal)
+        yield row, "".join(parts)
+
+
+def documents(piece: Piece, field: str, template: str | None = None) -> Iterator[str]:
+    """What `numbered_documents` yields, without the numbers."""
+    return (text for _, text in numbered_documents(piece, field, template))
+
+
+def where(piece: Piece, row: int) -> str:
+    """`file:line`, or `file: row n`. What lies before the piece is counted only now, when it matters."""
+    if piece.kind == "parquet":
+        metadata = _parquet(piece).metadata
+        row += sum(metadata.row_group(i).num_rows for i in range(piece.start))
+    elif piece.kind == "arrow":
+        row += piece.start
+    elif piece.kind == "stream":
+        return f"{piece.path}: shard {piece.start + 1}: row {row}"
+    elif piece.start:
+        with _open(piece) as f:
+            _seek_line(f, piece)
+            left = f.tell()
+            f.seek(0)
+            while left > 0 and (data := f.read(min(left, 1 << 20))):
+                row += data.count(b"\n")
+                left -= len(data)
+    return f"{piece.path}: row {row}" if piece.kind in ("parquet", "arrow", "json") else f"{piece.path}:{row}"
 
 
 class _explained:
@@ -220,6 +363,9 @@ class _explained:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._piece.kind == "stream" and isinstance(error, Exception) and not isinstance(error, UserError):
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise MachineError(f"{where(self._piece, 1)}: the stream broke off: {reason}: run again to go on") from None
         if isinstance(error, UnicodeDecodeError):
             _refuse_encoding(self._piece, error)
         if isinstance(error, OSError) and error.strerror:
@@ -230,25 +376,11 @@ class _explained:
 
 
 def _refuse(piece: Piece, row: int, reason: str) -> NoReturn:
-    raise UserError(f"{_where(piece, row)}: {reason}") from None
+    raise UserError(f"{where(piece, row)}: {reason}") from None
 
 
-def _where(piece: Piece, row: int) -> str:
-    """`file:line`, or `file: row n`. What lies before the piece is counted only now, when it matters."""
-    if piece.kind == "parquet":
-        metadata = _parquet(piece).metadata
-        row += sum(metadata.row_group(i).num_rows for i in range(piece.start))
-    elif piece.kind == "arrow":
-        row += piece.start
-    elif piece.start:
-        with _open(piece) as f:
-            _seek_line(f, piece)
-            left = f.tell()
-            f.seek(0)
-            while left > 0 and (data := f.read(min(left, 1 << 20))):
-                row += data.count(b"\n")
-                left -= len(data)
-    return f"{piece.path}: row {row}" if piece.kind in ("parquet", "arrow", "json") else f"{piece.path}:{row}"
+def _refuse_value(piece: Piece, row: int, column: str, value: Any) -> NoReturn:
+    _refuse(piece, row, f"field '{column}': expected text (got {_brief(value)})")
 
 
 def _refuse_encoding(piece: Piece, error: UnicodeDecodeError) -> NoReturn:
@@ -283,16 +415,20 @@ def _open(piece: Piece) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
 
 
-def _missing(piece: Piece, row: int, field: str, keys: Iterable[Any]) -> NoReturn:
+def _missing(piece: Piece, row: int, columns: Iterable[str], keys: Iterable[Any]) -> NoReturn:
     names = [str(k) for k in keys]
+    field = next(c for c in columns if c not in names)
     near = difflib.get_close_matches(field, names, 1)
     hint = f" - did you mean '{near[0]}'?" if near else f": there is {', '.join(names[:20]) or 'none'}"
     _refuse(piece, row, f"no field '{field}'{hint} (set `field` in the source)")
 
 
-def _txt(piece: Piece, field: str) -> Rows:
+def _txt(piece: Piece, columns: Sequence[str]) -> Rows:
+    """A text has no columns: whatever the one that is asked for is called, it is the text."""
+    if len(columns) > 1:
+        _refuse(piece, 1, f"a text file has no columns, but {', '.join(map(repr, columns))} are asked for")
     with _open(piece) as f:
-        yield 1, f.read().decode("utf-8-sig")
+        yield 1, (f.read().decode("utf-8-sig"),) * len(columns)
 
 
 def _seek_line(f: BinaryIO, piece: Piece) -> bool:
@@ -315,15 +451,18 @@ def _parse(piece: Piece, row: int, text: str) -> Any:
         _refuse(piece, row, f"not JSON that can be read: {e}")
 
 
-def _under(piece: Piece, row: int, record: Any, field: str) -> Any:
+def _under(piece: Piece, row: int, record: Any, columns: Sequence[str]) -> Sequence[Any]:
     if not isinstance(record, dict):
-        _refuse(piece, row, f"expected an object with the field '{field}' (got {_brief(record)})")
-    if field not in record:
-        _missing(piece, row, field, record)
-    return record[field]
+        names = ", ".join(f"'{c}'" for c in columns)
+        _refuse(piece, row, f"expected an object with the field {names} (got {_brief(record)})")
+    try:
+        return [record[c] for c in columns]
+    except KeyError:
+        _missing(piece, row, columns, record)
 
 
-def _jsonl(piece: Piece, field: str) -> Rows:
+def _lines(piece: Piece) -> Iterator[tuple[int, str]]:
+    """The lines of a piece, without blank ones."""
     with _open(piece) as f:
         if not _seek_line(f, piece):
             return
@@ -334,10 +473,15 @@ def _jsonl(piece: Piece, field: str) -> Rows:
             text = line.decode("utf-8-sig" if position == 0 else "utf-8")
             position += len(line)
             if text and not text.isspace():
-                yield row, _under(piece, row, _parse(piece, row, text.rstrip("\r\n")), field)
+                yield row, text
 
 
-def _json(piece: Piece, field: str) -> Rows:
+def _jsonl(piece: Piece, columns: Sequence[str]) -> Rows:
+    for row, text in _lines(piece):
+        yield row, _under(piece, row, _parse(piece, row, text.rstrip("\r\n")), columns)
+
+
+def _json(piece: Piece, columns: Sequence[str]) -> Rows:
     """An array of objects, a single object, or else one object a line."""
     with _open(piece) as f:
         text = f.read().decode("utf-8-sig")
@@ -351,34 +495,35 @@ def _json(piece: Piece, field: str) -> Rows:
             first = None
         if more and isinstance(first, dict):
             as_lines = Piece(piece.path, "jsonl", piece.compression, 0, sys.maxsize, piece.size)
-            yield from _jsonl(as_lines, field)
+            yield from _jsonl(as_lines, columns)
             return
     as_text = Piece(piece.path, "txt", "", 0, 0, 0)  # a mistake in the syntax has a line, one in a value a row
     data = _parse(as_text, 1, text)
     for row, record in enumerate(data if isinstance(data, list) else [data], 1):
-        yield row, _under(piece, row, record, field)
+        yield row, _under(piece, row, record, columns)
 
 
-def _csv(piece: Piece, field: str) -> Rows:
+def _csv(piece: Piece, columns: Sequence[str]) -> Rows:
+    """Comma or tab separated, quoted as spreadsheets do."""
     csv.field_size_limit(sys.maxsize)  # the module's own limit, 128 KiB, is shorter than many documents
     with _open(piece) as f, io.TextIOWrapper(f, encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text, strict=True)
+        reader = csv.reader(text, strict=True, delimiter="\t" if piece.kind == "tsv" else ",")
         try:
             header = next(reader, None)
             if header is None:
                 return
-            if field not in header:
-                _missing(piece, 1, field, header)
-            column = header.index(field)
+            if not set(columns) <= set(header):
+                _missing(piece, 1, columns, header)
+            where_to = [header.index(c) for c in columns]
             first = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
                     _refuse(piece, first, f"{len(values)} columns, but the header has {len(header)}")
                 if values:
-                    yield first, values[column]
+                    yield first, [values[i] for i in where_to]
                 first = reader.line_num + 1
         except csv.Error as e:
-            _refuse(piece, max(reader.line_num, 1), f"not CSV: {e}")
+            _refuse(piece, max(reader.line_num, 1), f"not {piece.kind.upper()}: {e}")
 
 
 def _parquet(piece: Piece) -> Any:
@@ -397,50 +542,76 @@ def _arrow_table(path: str) -> Any:
     return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
 
 
-def _values(piece: Piece, field: str, batches: Iterable[Any]) -> Rows:
-    """The rows of Arrow batches, each of the one column `field`."""
+def _values(piece: Piece, columns: Sequence[str], batches: Iterable[Any]) -> Rows:
+    """The rows of Arrow batches."""
     row = 0
     for batch in batches:
-        try:
-            values = batch.column(0).to_pylist()
-        except UnicodeDecodeError:
-            values = _decoded(piece, row, field, batch.column(0))
-        for value in values:
+        if not set(columns) <= set(batch.schema.names):
+            _missing(piece, row + 1, columns, batch.schema.names)
+        arrays = [batch.column(batch.schema.names.index(c)) for c in columns]
+        lists = []
+        for column, array in zip(columns, arrays, strict=True):
+            try:
+                lists.append(array.to_pylist())
+            except UnicodeDecodeError:
+                lists.append(_decoded(piece, row, column, array))
+        for values in zip(*lists, strict=True):
             row += 1
-            yield row, value
+            yield row, values
 
 
-def _decoded(piece: Piece, before: int, field: str, column: Any) -> Iterator[Any]:
+def _decoded(piece: Piece, before: int, column: str, array: Any) -> list[Any]:
     """One value at a time, so that the first that isn't UTF-8 is known by its row."""
-    for row, scalar in enumerate(column, before + 1):
+    values = []
+    for row, scalar in enumerate(array, before + 1):
         try:
-            yield scalar.as_py()
+            values.append(scalar.as_py())
         except UnicodeDecodeError as e:
-            _refuse(piece, row, f"field '{field}': not UTF-8 at byte {e.start + 1}")
+            _refuse(piece, row, f"field '{column}': not UTF-8 at byte {e.start + 1}")
+    return values
 
 
-def _parquet_rows(piece: Piece, field: str) -> Rows:
+def _parquet_rows(piece: Piece, columns: Sequence[str]) -> Rows:
     file = _parquet(piece)
-    if field not in file.schema_arrow.names:
-        _missing(piece, 1, field, file.schema_arrow.names)
+    if not set(columns) <= set(file.schema_arrow.names):
+        _missing(piece, 1, columns, file.schema_arrow.names)
     groups = list(range(piece.start, piece.stop))
     if groups:
-        yield from _values(piece, field, file.iter_batches(batch_size=1024, row_groups=groups, columns=[field]))
+        batches = file.iter_batches(batch_size=1024, row_groups=groups, columns=sorted(set(columns)))
+        yield from _values(piece, columns, batches)
 
 
-def _arrow_rows(piece: Piece, field: str) -> Rows:
+def _arrow_rows(piece: Piece, columns: Sequence[str]) -> Rows:
     table = _arrow_table(piece.path)
-    if field not in table.schema.names:
-        _missing(piece, 1, field, table.schema.names)
-    rows = table.select([field]).slice(piece.start, piece.stop - piece.start)
-    yield from _values(piece, field, rows.to_batches(max_chunksize=1024))
+    if not set(columns) <= set(table.schema.names):
+        _missing(piece, 1, columns, table.schema.names)
+    rows = table.select(sorted(set(columns))).slice(piece.start, piece.stop - piece.start)
+    yield from _values(piece, columns, rows.to_batches(max_chunksize=1024))
 
 
-_READERS: dict[str, Callable[[Piece, str], Rows]] = {
+@lru_cache(8)
+def _streamed(spec: str) -> Any:
+    """A hub data set that is read from afar."""
+    import datasets
+
+    request = json.loads(spec)
+    split = request.pop("split")
+    return datasets.load_dataset_builder(**request).as_streaming_dataset(split=split).with_format("arrow")
+
+
+def _stream_rows(piece: Piece, columns: Sequence[str]) -> Rows:
+    data = _streamed(piece.spec)
+    shards = (data.shard(num_shards=data.num_shards, index=i) for i in range(piece.start, piece.stop))
+    yield from _values(piece, columns, (table for shard in shards for table in shard.iter(batch_size=1024)))
+
+
+_READERS: dict[str, Callable[[Piece, Sequence[str]], Rows]] = {
     "txt": _txt,
     "jsonl": _jsonl,
     "json": _json,
     "csv": _csv,
+    "tsv": _csv,
     "parquet": _parquet_rows,
     "arrow": _arrow_rows,
+    "stream": _stream_rows,
 }

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,10 +26,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from safetensors import safe_open
 
 from llmkit.config import Interrupted, MachineError, UserError
+from llmkit.data.config import CleanConfig, DedupConfig
+from llmkit.data.dedup import EMPTY, Signatures, SignatureWriter
+from llmkit.data.documents import Account, judged_documents, kept_documents
+from llmkit.data.filters import Cleaner
 from llmkit.data.shards import Shard, ShardWriter
-from llmkit.data.sources import Piece, documents
+from llmkit.data.sources import Piece
 
 KEPT, HELD_OUT = "kept", "held_out"
 _BATCH = 1 << 20  # characters that are encoded at once
@@ -49,13 +55,49 @@ class TokenizerLike(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
-    """One unit of a source, and where its shards go."""
+class Job(ABC):
+    """What is to be done with one unit of a source."""
 
     folder: str
+    """Where the result goes."""
     number: int
     pieces: tuple[Piece, ...]
     field: str
+    template: str | None
+    clean: dict[str, Any] | None
+    """The rules of a CleanConfig; None: there are none."""
+
+    @property
+    def size(self) -> int:
+        """About how many bytes are read."""
+        return sum(p.size for p in self.pieces)
+
+    @property
+    def cleaner(self) -> Cleaner | None:
+        return Cleaner(CleanConfig(**self.clean)) if self.clean else None
+
+    @abstractmethod
+    def is_done(self, tokenizer: str) -> bool:
+        """Whether the result is there and whole; what an earlier run wrote is not read through."""
+
+    @abstractmethod
+    def run(self, tokenizer: TokenizerLike) -> None:
+        """Does it."""
+
+    def to_json(self) -> str:
+        return json.dumps({"job": type(self).__name__, **asdict(self)})
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        data = json.loads(text)
+        kind = {c.__name__: c for c in (TokenJob, SignatureJob)}[data.pop("job")]
+        return kind(**{**data, "pieces": tuple(Piece(**p) for p in data["pieces"])})
+
+
+@dataclass(frozen=True)
+class TokenJob(Job):
+    """A unit's documents as token shards."""
+
     holdout: Literal["none", "tail", "hash"]
     """What is held out: nothing, the end of every text, or documents by their hash."""
     frac: float
@@ -63,11 +105,8 @@ class Job:
     """What every document begins with; None: nothing."""
     eos_id: int | None
     """What every document ends with; None: nothing."""
-
-    @property
-    def size(self) -> int:
-        """About how many bytes are read."""
-        return sum(p.size for p in self.pieces)
+    verdicts: str | None = None
+    """A file that says which documents stay; None: the rules say it."""
 
     @property
     def outputs(self) -> list[Path]:
@@ -76,19 +115,67 @@ class Job:
         return [Path(self.folder, name, f"{self.number:06d}.tokens") for name in names]
 
     def is_done(self, tokenizer: str) -> bool:
-        """Whether the shards are there and whole; the files of an earlier run are not read through."""
         try:
             return all(path.exists() and Shard(path).header.tokenizer == tokenizer for path in self.outputs)
         except UserError:
             return False
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    def run(self, tokenizer: TokenizerLike) -> None:
+        """Reads, cleans, splits and encodes, and writes the shards."""
+        writers, texts, account = {}, {}, Account()
+        for path in self.outputs:
+            writers[path.parent.name] = ShardWriter(path, tokenizer.vocab_size, tokenizer.hash)
+            texts[path.parent.name] = list[str]()
+        verdicts = None
+        if self.verdicts is not None:
+            with safe_open(self.verdicts, "np") as f:
+                verdicts = f.get_tensor(f"{self.number:06d}").tolist()
+        waiting = 0
+        for document in kept_documents(self.pieces, self.field, self.template, self.cleaner, verdicts, account):
+            document = tokenizer.normalize(document)
+            if not document:
+                writers[KEPT].n_empty += 1
+                continue
+            for split, text in split_text(self.holdout, self.frac, document):
+                if text:
+                    texts[split].append(text)
+            waiting += len(document)
+            if waiting >= _BATCH:
+                waiting = 0
+                for split, writer in writers.items():
+                    _flush(self, tokenizer, writer, texts[split])
+        writers[KEPT].removed = account.removed
+        for split, writer in writers.items():
+            _flush(self, tokenizer, writer, texts[split])
+            writer.close()
 
-    @staticmethod
-    def from_json(text: str) -> Job:
-        data = json.loads(text)
-        return Job(**{**data, "pieces": tuple(Piece(**p) for p in data["pieces"])})
+
+@dataclass(frozen=True)
+class SignatureJob(Job):
+    """A unit's documents as signatures, by which copies are found."""
+
+    dedup: dict[str, Any]
+    """A DedupConfig."""
+
+    @property
+    def output(self) -> Path:
+        return Path(self.folder, f"{self.number:06d}.signatures")
+
+    def is_done(self, tokenizer: str) -> bool:
+        try:
+            return self.output.exists() and Signatures(self.output).n_documents >= 0
+        except UserError:
+            return False
+
+    def run(self, tokenizer: TokenizerLike) -> None:
+        """Reads and cleans, and writes the signatures. They don't depend on the tokenizer."""
+        writer = SignatureWriter(self.output, DedupConfig(**self.dedup))
+        for document in judged_documents(self.pieces, self.field, self.template, self.cleaner):
+            if document.verdict or not document.text:
+                writer.skip(document.verdict or EMPTY)
+            else:
+                writer.add(document.text)
+        writer.close()
 
 
 # --- one unit -------------------------------------------------------------------------------------------------------
@@ -111,7 +198,7 @@ def split_text(holdout: str, frac: float, text: str) -> Iterator[tuple[str, str]
         yield HELD_OUT if held_out else KEPT, text
 
 
-def _flush(job: Job, tokenizer: TokenizerLike, writer: ShardWriter, texts: list[str]) -> None:
+def _flush(job: TokenJob, tokenizer: TokenizerLike, writer: ShardWriter, texts: list[str]) -> None:
     """Encodes documents and appends them, each between its bos and eos."""
     encoded = tokenizer.encode_batch(texts)
     n_extra = (job.bos_id is not None) + (job.eos_id is not None)
@@ -132,29 +219,8 @@ def _flush(job: Job, tokenizer: TokenizerLike, writer: ShardWriter, texts: list[
 
 
 def run_job(job: Job, tokenizer: TokenizerLike) -> None:
-    """Reads, splits and encodes one unit, and writes its shards."""
-    writers, texts = {}, {}
-    for path in job.outputs:
-        writers[path.parent.name] = ShardWriter(path, tokenizer.vocab_size, tokenizer.hash)
-        texts[path.parent.name] = list[str]()
-    waiting = 0
-    for piece in job.pieces:
-        for document in documents(piece, job.field):
-            document = tokenizer.normalize(document)
-            if not document:
-                writers[KEPT].n_empty += 1
-                continue
-            for split, text in split_text(job.holdout, job.frac, document):
-                if text:
-                    texts[split].append(text)
-            waiting += len(document)
-            if waiting >= _BATCH:
-                waiting = 0
-                for split, writer in writers.items():
-                    _flush(job, tokenizer, writer, texts[split])
-    for split, writer in writers.items():
-        _flush(job, tokenizer, writer, texts[split])
-        writer.close()
+    """Does one job."""
+    job.run(tokenizer)
 
 
 # --- many units -----------------------------------------------------------------------------------------------------

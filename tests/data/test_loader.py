@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmkit.config import UserError
-from llmkit.data.loader import Batch, RowLoader
+from llmkit.data.loader import Batch, RowLoader, TextRows
 from llmkit.data.shards import TokenShards
 
 T = 8
@@ -26,9 +26,15 @@ def sources(make_shards) -> list[TokenShards]:
     return [make_shards([[[next(ids) for _ in range(n)] for n in file] for file in files]) for files in lengths]
 
 
+def make(shards: list[TokenShards], **options: object) -> RowLoader:
+    """A loader of text from one flat list of options."""
+    of_rows = {"row_len", "pad_id", "packing", "cross_document_attention"} & options.keys()
+    return RowLoader(TextRows(shards, **{k: options.pop(k) for k in of_rows}), **options)
+
+
 def loader(sources: list[TokenShards], **options: object) -> RowLoader:
     defaults = {"row_len": T, "rows_per_step": 8, "pad_id": 0, "weights": [3.0, 1.0], "seed": 5, "prefetch": 0}
-    return RowLoader(sources, **{**defaults, **options})
+    return make(sources, **{**defaults, **options})
 
 
 def global_hash(sources: list[TokenShards], k: int, world: int, **options: object) -> int:
@@ -203,9 +209,7 @@ def test_evaluation_sees_every_row_once_on_any_number_of_ranks(sources, packing:
 def test_evaluation_on_seven_rows_and_four_ranks(make_shards) -> None:
     """B46: n = 7, W = 4."""
     shards = [make_shards([[list(range(1, 7 * T + 2))]])]
-    ranks = [
-        list(RowLoader(shards, row_len=T, rows_per_step=4, pad_id=0, world=4, rank=r).eval_batches()) for r in range(4)
-    ]
+    ranks = [list(make(shards, row_len=T, rows_per_step=4, pad_id=0, world=4, rank=r).eval_batches()) for r in range(4)]
     assert [len(r) for r in ranks] == [2] * 4
     assert eval_labels([b for r in ranks for b in r]) == list(range(2, 7 * T + 2))
     padding = [b for r in ranks for b in r if not b.denominator]
@@ -231,22 +235,24 @@ def test_few_documents(make_shards, n_docs: int, packing: bool) -> None:
     """F6: 1, W - 1, W, B - 1, B, B + 1 documents for W = 4 and B = 8: small data comes round within a step."""
     ids = iter(range(1, 1000))
     shards = [make_shards([[[next(ids) for _ in range(5)] for _ in range(n_docs)]])]
-    make = lambda r: RowLoader(  # noqa: E731
+    of_rank = lambda r: make(  # noqa: E731
         shards, row_len=4, rows_per_step=8, pad_id=0, world=4, rank=r, packing=packing, prefetch=0
     )
-    seen = Counter(row for k in range(6) for r in range(4) for _, _, rs in [make(r).samples(k)] for row in rs.tolist())
-    n = make(0).n_rows[0]
+    seen = Counter(
+        row for k in range(6) for r in range(4) for _, _, rs in [of_rank(r).samples(k)] for row in rs.tolist()
+    )
+    n = of_rank(0).n_rows[0]
     assert sum(seen.values()) == 48 and len(seen) == min(n, 48)
     assert max(seen.values()) - min(seen.values()) <= 1
-    assert sum(b.denominator for r in range(4) for b in make(r).step(0)) > 0
+    assert sum(b.denominator for r in range(4) for b in of_rank(r).step(0)) > 0
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_document_longer_than_the_row(make_shards, packing: bool) -> None:
     """F6, B33: goes on in the next rows, or is cut and counted."""
-    one = RowLoader([make_shards([[list(range(1, 22))]])], row_len=4, rows_per_step=1, pad_id=0, packing=packing)
+    one = make([make_shards([[list(range(1, 22))]])], row_len=4, rows_per_step=1, pad_id=0, packing=packing)
     assert one.n_rows == ([5] if packing else [1])
-    assert one.dropped_tokens == (0 if packing else 16)
+    assert one.rows.dropped_tokens == (0 if packing else 16)
     assert eval_labels(list(one.eval_batches())) == list(range(2, 22 if packing else 6))
 
 
@@ -254,7 +260,7 @@ def test_a_document_longer_than_the_row(make_shards, packing: bool) -> None:
 def test_too_little_text(make_shards, files: list[list[list[int]]]) -> None:
     """F6: nothing to predict."""
     with pytest.raises(UserError, match="tokens make no row: at least 2 are needed"):
-        RowLoader([make_shards(files)], row_len=4, rows_per_step=1, pad_id=0)
+        make([make_shards(files)], row_len=4, rows_per_step=1, pad_id=0)
 
 
 @pytest.mark.parametrize(

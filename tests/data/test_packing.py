@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from llmkit.data.packing import IGNORE, Rows, document_rows, n_dropped_tokens, n_packed_rows, packed_rows
+from llmkit.data.packing import (
+    IGNORE,
+    Masking,
+    Rows,
+    document_rows,
+    masked,
+    n_dropped_tokens,
+    n_packed_rows,
+    packed_rows,
+)
 from llmkit.data.shards import TokenShards
 
 PAD = 0
@@ -116,3 +125,59 @@ def test_rows_are_built_fast(make_shards) -> None:
         rows = rows_of(shards, 256)
         speeds.append(rows.ids_BT.size / (time.perf_counter() - start))
     assert max(speeds) > 8e6  # tokens a second; 20 million and more on an idle core
+
+
+# --- masked tokens ---------------------------------------------------------------------------------------------------
+
+MASK = 1
+TEXT_IDS = np.array([i for i in range(10, 1000) if i % 50], np.int64)  # some ids in between are control tokens
+
+
+def masked_rows(n: int = 400, width: int = 64, seed: int = 3, numbers: np.ndarray | None = None, **shares: float):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(10, 1000, (n, width))
+    docs = np.zeros(ids.shape, np.int32)
+    docs[:, -4:] = -1
+    rows = Rows(ids, np.zeros_like(ids), np.tile(np.arange(width), (n, 1)), docs)
+    masking = Masking(MASK, TEXT_IDS, **{"frac": 0.15, "replace_frac": 0.8, "random_frac": 0.1, **shares})
+    return rows, masked(rows, masking, seed, np.arange(n) if numbers is None else numbers)
+
+
+def test_masked_shares_are_80_10_10_of_15_percent() -> None:
+    """Within four standard deviations; control tokens and padding are never hidden."""
+    before, after = masked_rows()
+    hidden = after.labels_BT != IGNORE
+    allowed = np.isin(before.ids_BT, TEXT_IDS) & (before.docs_BT >= 0)
+    assert not (hidden & ~allowed).any()
+    assert (after.labels_BT[hidden] == before.ids_BT[hidden]).all()
+    assert (after.ids_BT[~hidden] == before.ids_BT[~hidden]).all()
+    n = hidden.sum()
+    assert abs(n / allowed.sum() - 0.15) < 4 * (0.15 * 0.85 / allowed.sum()) ** 0.5
+    replaced = (after.ids_BT[hidden] == MASK).sum() / n
+    kept = (after.ids_BT[hidden] == before.ids_BT[hidden]).sum() / n
+    assert abs(replaced - 0.8) < 4 * (0.16 / n) ** 0.5 and abs(kept - 0.1) < 4 * (0.09 / n) ** 0.5 + 2 / len(TEXT_IDS)
+    drawn = after.ids_BT[hidden & (after.ids_BT != MASK) & (after.ids_BT != before.ids_BT)]
+    assert np.isin(drawn, TEXT_IDS).all()
+    assert len(np.unique(drawn)) > 0.2 * len(drawn) and drawn.min() < 60 and drawn.max() > 950
+
+
+def test_masks_are_a_function_of_seed_and_sample_number() -> None:
+    """D1: a row hides the same tokens wherever it stands in a batch; another seed or epoch hides others."""
+    _, whole = masked_rows()
+    rows, _ = masked_rows()
+    part = Rows(*(a[100:103] for a in (rows.ids_BT, rows.labels_BT, rows.positions_BT, rows.docs_BT)))
+    masking = Masking(MASK, TEXT_IDS, 0.15, 0.8, 0.1)
+    alone = masked(part, masking, 3, np.arange(100, 103))
+    assert (alone.labels_BT == whole.labels_BT[100:103]).all() and (alone.ids_BT == whole.ids_BT[100:103]).all()
+    assert (masked(part, masking, 4, np.arange(100, 103)).labels_BT != alone.labels_BT).any()
+    later = masked(part, masking, 3, np.arange(5100, 5103)).labels_BT
+    both = ((later != IGNORE) & (alone.labels_BT != IGNORE)).sum() / (alone.labels_BT != IGNORE).sum()
+    assert both < 0.5  # 0.15 where the two choices have nothing to do with each other
+
+
+@pytest.mark.parametrize("frac", [1.0, 1e-9])
+def test_all_or_nothing_is_hidden(frac: float) -> None:
+    before, after = masked_rows(frac=frac, replace_frac=1.0, random_frac=0.0)
+    allowed = np.isin(before.ids_BT, TEXT_IDS) & (before.docs_BT >= 0)
+    assert ((after.labels_BT != IGNORE) == (allowed if frac == 1.0 else False)).all()
+    assert (after.ids_BT[after.labels_BT != IGNORE] == MASK).all()

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmkit import storage
-from llmkit.config import Interrupted, MachineError, UserError
+from llmkit import cli, storage
+from llmkit.config import Interrupted, MachineError, UserError, validate
 from llmkit.data import prepare as prepare_module, sources, workers
 from llmkit.data.config import DataConfig, SourceConfig
 from llmkit.data.prepare import Prepared, prepare
@@ -220,9 +221,20 @@ def test_every_input_is_part_of_the_key(tmp_path: Path, byte_tokenizer) -> None:
     seen.append(fingerprint(base, OtherEnds()))
     rows = "".join(json.dumps({"text": t, "other": t}) + "\n" for t in texts)
     (tmp_path / "two.jsonl").write_text(rows)
-    for field in ("text", "other"):
-        source = SourceConfig(path=str(tmp_path / "two.jsonl"), field=field, weight=1.0)
+    for how in ({}, {"field": "other"}, {"template": "{text}"}, {"template": "{other}"}, {"limit": 15}, {"limit": 16}):
+        source = SourceConfig(path=str(tmp_path / "two.jsonl"), **how)
         seen.append(fingerprint(DataConfig(train=(source,), cache_dir=str(tmp_path / "cache"))))
+    named = SourceConfig(path=str(tmp_path / "two.jsonl"), name="two", weight=2.0)
+    fingerprint(DataConfig(train=(named,), cache_dir=str(tmp_path / "cache")), new=False)
+    for clean in ({"min_chars": 2}, {"min_chars": 3}, {"drop_url_lines": True}, "default"):
+        seen.append(fingerprint(validate(DataConfig, {**base.model_dump(), "clean": clean})))
+    fingerprint(validate(DataConfig, {**base.model_dump(), "clean": {"preset": "default"}}), new=False)
+    other = str(write_jsonl(tmp_path / "other.jsonl", words(9, 5)))
+    for dedup in ("exact", "near", {"kind": "near", "threshold": 0.7}, {"kind": "near", "ngram": 3},
+                  {"kind": "near", "permutations": 64}):  # fmt: skip
+        told = {**base.model_dump(), "valid_frac": 0.0, "dedup": dedup}
+        seen.append(fingerprint(validate(DataConfig, told)))
+        seen.append(fingerprint(validate(DataConfig, {**told, "valid": [{"path": other}]})))
     write_jsonl(path, [texts[1], texts[0], *texts[2:]])  # as many bytes as before, and maybe the same time stamp
     seen.append(fingerprint(base))
     assert len(set(seen)) == len(seen)
@@ -305,15 +317,18 @@ from llmkit.data import prepare as p, sources
 from llmkit.data.config import DataConfig
 from llmkit.tokenizer import Tokenizer
 p.IN_PROCESS, sources.UNIT_MIN = 0, 20_000
-text, cache, tokenizer, n = sys.argv[1:]
-done = p.prepare(DataConfig(path=text, cache_dir=cache, workers=int(n)), Tokenizer.load(tokenizer))
-print(done.fingerprint)
+text, cache, tokenizer, n, part = sys.argv[1:]
+part = tuple(map(int, part.split("/"))) if part else None
+done = p.prepare(DataConfig(path=text, cache_dir=cache, workers=int(n)), Tokenizer.load(tokenizer), part=part)
+print(done and done.fingerprint)
 """
 
 
-def start(tmp_path: Path, path: Path, cache: str, workers: int) -> subprocess.Popen[str]:
-    args = [sys.executable, "-c", SCRIPT, str(path), str(tmp_path / cache), str(tmp_path / "tokenizer"), str(workers)]
-    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(tmp_path: Path, path: Path, cache: str, workers: int, part: str = "") -> subprocess.Popen[str]:
+    args = [str(path), str(tmp_path / cache), str(tmp_path / "tokenizer"), str(workers), part]
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def children_of(pid: int) -> Iterator[int]:
@@ -346,9 +361,253 @@ def test_killed_work_goes_on_to_the_same_bytes(tmp_path: Path, bpe: Tokenizer) -
     assert not list((tmp_path / "killed").glob("*/*/index.json"))
     out, err = start(tmp_path, path, "killed", 3).communicate()
     assert err == "" and out
-    drop_tokenizer = {k: v for k, v in digests(tmp_path / "killed").items() if "/tokenizer/" not in k}
-    assert drop_tokenizer == digests(tmp_path / "one")
+    assert digests(tmp_path / "killed") == digests(tmp_path / "one")
     assert not list((tmp_path / "killed").rglob(".*.tmp-*"))
+
+
+# --- rules and copies -------------------------------------------------------------------------------------------------
+
+
+def both_kinds(tmp_path: Path, cache: str, **more: Any) -> DataConfig:
+    """Two training sources and given validation text, cleaned, without copies."""
+    rng = random.Random(3)
+    good = [" ".join(rng.choices([f"w{i}" for i in range(500)], k=60)) for _ in range(300)]
+    held_out = [" ".join(rng.choices([f"v{i}" for i in range(500)], k=60)) for _ in range(20)]
+    planted = [t.upper() for t in good[:20]] + [t + " more" for t in good[20:40]]
+    planted += [held_out[0], held_out[1] + " more", "short", "\x00" + "binary " * 9, ""]
+    rng.shuffle(both := good + planted)
+    paths = {
+        "a": write_jsonl(tmp_path / "a.jsonl", both[:200]),
+        "b": write_jsonl(tmp_path / "b.jsonl", both[200:]),
+        "v": write_jsonl(tmp_path / "v.jsonl", [*held_out, held_out[0], "tiny"]),
+    }
+    told = {
+        "train": [{"path": str(paths["a"])}, {"path": str(paths["b"]), "name": "second"}],
+        "valid": [{"path": str(paths["v"])}],
+        "cache_dir": str(tmp_path / cache),
+        "clean": "default",
+        "dedup": "near",
+    }
+    return validate(DataConfig, {**told, **more})
+
+
+def test_what_breaks_a_rule_or_is_a_copy_is_left_out_and_told(tmp_path: Path, byte_tokenizer, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    cfg = both_kinds(tmp_path, "cache")
+    done = prepare(cfg, byte_tokenizer)
+    texts = [json.loads(line)["text"] for p in ("a", "b") for line in (tmp_path / f"{p}.jsonl").open()]
+    totals: dict[str, int] = {}
+    for shards in done.train:
+        for reason, told in shards.removed.items():
+            totals[reason] = totals.get(reason, 0) + told.documents
+            file, line = told.example.rsplit(":", 1)
+            text = json.loads(Path(file).read_text("utf-8").splitlines()[int(line) - 1])["text"]
+            assert text not in texts_of(shards) and told.chars >= len(text)
+            assert f"{shards.name}: {reason}: {told.documents} documents of {told.chars:,} char" in done.report()
+    assert totals == {"min_chars": 1, "max_control_chars": 1, "exact_copy": 20, "near_copy": 20, "copy_of_held_out": 2}
+    kept = [t for s in done.train for t in texts_of(s)]
+    assert kept == [t for t in texts if t in set(kept)] and len(kept) == 300
+    assert sum(s.n_empty for s in done.train) == 1
+    assert "were left out: " in caplog.text and "second: " in caplog.text
+    # What is measured on stays as it was given.
+    assert texts_of(done.valid[0])[-2:] == [texts_of(done.valid[0])[0], "tiny"] and done.valid[0].removed == {}
+
+
+def test_held_out_documents_have_no_copies_in_training(tmp_path: Path, byte_tokenizer) -> None:
+    """B44: a share held out by the hash of the text, with near copies all around."""
+    rng = random.Random(0)
+    originals = [" ".join(rng.choices([f"w{i}" for i in range(500)], k=60)) for _ in range(200)]
+    texts = originals + [f"{t} {i}" for i in range(3) for t in originals]
+    rng.shuffle(texts)
+    cfg = validate(DataConfig, {
+        "path": str(write_jsonl(tmp_path / "a.jsonl", texts)), "cache_dir": str(tmp_path / "cache"), "dedup": "near",
+        "valid_frac": 0.3,
+    })  # fmt: skip
+    done = prepare(cfg, byte_tokenizer)
+    train, valid = ([frozenset(t.split()[:60]) for t in texts_of(s[0])] for s in (done.train, done.valid))
+    assert len(train) + len(valid) == 200 and len(valid) > 30
+    assert not set(train) & set(valid)
+
+
+def test_exact_copies_alone(tmp_path: Path, byte_tokenizer) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one two", "One  TWO", "one two three", "one two"])
+    cfg = validate(DataConfig, {"path": str(path), "cache_dir": str(tmp_path / "c"), "valid_frac": 0, "dedup": "exact"})
+    done = prepare(cfg, byte_tokenizer)
+    assert texts_of(done.train[0]) == ["one two", "one two three"]
+    assert done.train[0].removed["exact_copy"].documents == 2
+
+
+def test_nothing_left(tmp_path: Path, byte_tokenizer) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    cfg = validate(DataConfig, {"path": str(path), "cache_dir": str(tmp_path / "c"), "clean": "default"})
+    with pytest.raises(UserError, match=r"no text in it: all 2 documents were left out \(min_chars 2\)"):
+        prepare(cfg, byte_tokenizer)
+
+
+def test_a_source_depends_on_those_before_it_only(tmp_path: Path, byte_tokenizer, monkeypatch) -> None:
+    """Another source behind leaves the tokens of the first alone; another tokenizer leaves the verdicts."""
+    cfg = both_kinds(tmp_path, "cache")
+    first = prepare(cfg.model_copy(update={"train": cfg.train[:1]}), byte_tokenizer).train[0].folder
+    assert prepare(cfg, byte_tokenizer).train[0].folder == first
+
+    class Other(type(byte_tokenizer)):
+        hash = "other"
+
+    monkeypatch.setattr(workers.SignatureJob, "run", None)
+    monkeypatch.setattr(prepare_module.dedup, "CopyFinder", None)
+    assert prepare(cfg, Other()).train[0].n_docs == prepare(cfg, byte_tokenizer).train[0].n_docs
+
+
+def test_stopped_in_any_phase(tmp_path: Path, byte_tokenizer, small_units) -> None:
+    """Signatures, the search for copies, tokens: stopped again and again, the result is the same."""
+    cfg = both_kinds(tmp_path, "whole")
+    prepare(cfg, byte_tokenizer)
+    cfg = both_kinds(tmp_path, "stopped")
+    for patience in range(1, 99):
+        polls = iter(range(patience))
+        try:
+            prepare(cfg, byte_tokenizer, should_stop=lambda p=polls: next(p, None) is None)
+            break
+        except Interrupted:
+            continue
+    assert patience > 5
+    assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def all_digests(folder: Path) -> dict[str, str]:
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "hashes.json")]
+    return {str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize("kind", [None, "near"])
+def test_parts_make_what_one_job_makes(
+    tmp_path: Path, byte_tokenizer, small_units, kind: str | None, monkeypatch, capsys
+) -> None:
+    """In any order; without copies to look for in one round, else in two; the last call only writes the index."""
+    prepare(both_kinds(tmp_path, "one", dedup={"kind": kind}), byte_tokenizer)
+    cfg = both_kinds(tmp_path, "parts", dedup={"kind": kind})
+    for i in (3, 1, 2):
+        assert prepare(cfg, byte_tokenizer, part=(i, 3)) is None
+    told = capsys.readouterr().out.splitlines()
+    if kind:
+        assert re.fullmatch(r"part 3/3: signatures done, but those of \d+ units are missing: when all .*", told[0])
+        # The last of the first round went on at once.
+        assert told[2].startswith("part 2/3: done; ")
+        for i in (1, 3):
+            assert prepare(cfg, byte_tokenizer, part=(i, 3)) is None
+        told = capsys.readouterr().out.splitlines()
+    assert told[-1].endswith("done; and so are all others; at the end run without `part`, which writes the index")
+    assert not list((tmp_path / "parts").glob("*/*/index.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "run_job", None)
+        prepare(cfg, byte_tokenizer)
+    assert all_digests(tmp_path / "parts") == all_digests(tmp_path / "one")
+
+
+def test_a_part_is_every_nth_unit(tmp_path: Path, byte_tokenizer, small_units, monkeypatch, capsys) -> None:
+    """Counted from 1 over all sources; what another job has done meanwhile changes nothing."""
+    cfg = both_kinds(tmp_path, "cache", dedup={})
+    ran: list[tuple[str, int]] = []
+    run_job = workers.run_job
+    monkeypatch.setattr(workers, "run_job", lambda job, t: (ran.append((job.folder, job.number)), run_job(job, t)))
+    prepare(both_kinds(tmp_path, "whole", dedup={}), byte_tokenizer)
+    whole = [(Path(folder).name, n) for folder, n in ran]
+    for i in (2, 1, 4, 3):
+        ran.clear()
+        prepare(cfg, byte_tokenizer, part=(i, 4))
+        assert [(Path(folder).name, n) for folder, n in ran] == whole[i - 1 :: 4]
+    prepare(cfg, byte_tokenizer, part=(2, 4))
+    assert len(whole) > 20
+
+
+def test_parts_run_at_once(tmp_path: Path, bpe: Tokenizer) -> None:
+    """Two jobs on one cache, each with children of its own."""
+    bpe.save(tmp_path / "tokenizer")
+    path = write_jsonl(tmp_path / "a.jsonl", words(3_000))
+    assert start(tmp_path, path, "one", 1).communicate()[1] == ""
+    both = [start(tmp_path, path, "parts", 2, f"{i}/2") for i in (1, 2)]
+    results = [p.communicate() for p in both]
+    assert all("None" in out for out, _ in results), results
+    assert start(tmp_path, path, "parts", 1).communicate()[1] == ""
+    assert all_digests(tmp_path / "parts") == all_digests(tmp_path / "one")
+
+
+@pytest.mark.parametrize("text", ["3", "0/3", "4/3", "1/0", "a/b", "1/2/3", "-1/3", ""])
+def test_a_part_that_is_none(tmp_path: Path, text: str, capsys) -> None:
+    (tmp_path / "r.yaml").write_text("stage: pretrain\n")
+    assert cli.main(["prepare", str(tmp_path / "r.yaml"), f"part={text}"]) == 2
+    assert f"part={text}: expected part=I/N, job I of N, counted from 1" in capsys.readouterr().err
+
+
+def test_part_is_not_part_of_the_recipe(tmp_path: Path, monkeypatch, capsys) -> None:
+    recipe = {
+        "stage": "pretrain", "out": str(tmp_path / "run"), "steps": 1, "batch": {"tokens_per_step": 64},
+        "tokenizer": {"kind": "byte"}, "model": {"n_layers": 1, "n_heads": 1, "d_model": 8, "max_seq_len": 64},
+        "data": {"path": str(write_jsonl(tmp_path / "a.jsonl", words(50))), "cache_dir": str(tmp_path / "cache")},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", "r.yaml", "part=2/2"]) == 0
+    assert "part 2/2: done; 1 units are missing that other parts make" in capsys.readouterr().out
+    assert cli.main(["prepare", "r.yaml", "part=1/2", "seed=3"]) == 0
+    assert cli.main(["prepare", "r.yaml"]) == 0
+    (tmp_path / "t.yaml").write_text(json.dumps({k: recipe[k] for k in ("out", "data")} | {"stage": "tokenizer"}))
+    assert cli.main(["prepare", "t.yaml", "part=1/2"]) == 2
+    assert "there is nothing to prepare in parts" in capsys.readouterr().err
+
+
+# --- streams, names ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_prepared_in_parallel_and_resumed(
+    tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch, parallel: None
+) -> None:
+    """The same tokens as from the files; a shard that is done is not read again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "files").mkdir()
+    for i in range(5):
+        write_jsonl(tmp_path / "files" / f"{i}.jsonl", words(50, i))
+    told = {"path": "json", "data_files": str(tmp_path / "files" / "*.jsonl"), "stream": True}
+    made = []
+    for n in (1, 2):
+        cfg = validate(DataConfig, {"train": [told], "cache_dir": f"cache{n}", "workers": n, "valid_frac": 0})
+        made.append(prepare(cfg, bpe))
+    local = prepare(DataConfig(path=str(tmp_path / "files"), cache_dir="local", valid_frac=0.0), bpe)
+    streams = [d.train[0].tokens(0, d.train[0].n_tokens).tolist() for d in (*made, local)]
+    assert streams[0] == streams[1] == streams[2]
+    assert made[0].fingerprint == made[1].fingerprint
+    assert len(list(made[0].train[0].folder.glob("*.tokens"))) == 5
+    (made[0].train[0].folder / "index.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "run_job", None)
+        prepare(validate(DataConfig, {"train": [told], "cache_dir": "cache1", "valid_frac": 0}), bpe)
+    write_jsonl(tmp_path / "files" / "3.jsonl", words(50, 99))
+    cfg = validate(DataConfig, {"train": [told], "cache_dir": "cache1", "workers": 1, "valid_frac": 0})
+    assert prepare(cfg, bpe).fingerprint != made[0].fingerprint
+
+
+def test_names_and_epochs(tmp_path: Path, byte_tokenizer) -> None:
+    paths = [str(write_jsonl(tmp_path / f"{i}.jsonl", words(20, i))) for i in range(4)]
+    told = {
+        "train": [{"path": paths[0], "epochs": 1}, {"path": paths[1], "epochs": 0.5, "name": "web"}],
+        "valid": [{"path": paths[2], "name": "zh"}, {"path": paths[3], "name": "en"}],
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    done = prepare(validate(DataConfig, told), byte_tokenizer)
+    assert [s.name for s in done.train] == [paths[0], "web"] and [s.name for s in done.valid] == ["zh", "en"]
+    for change, message in (
+        ({"train": [told["train"][0], {"path": "b"}]}, "`epochs` counts for all sources of `train` or for none: b has"),
+        ({"valid": [{"path": "a", "name": "x"}, {"path": "b", "name": "x"}]}, "valid: two sources are named 'x'"),
+        ({"valid": [{"path": "a", "weight": 2}]}, "valid: a: weight and epochs are for training"),
+        ({"test": [{"path": "a", "epochs": 2}]}, "test: a: weight and epochs are for training"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            validate(DataConfig, {**told, **change})
+    with pytest.raises(UserError, match="`columns` is for stages that read several"):
+        prepare(validate(DataConfig, {"train": [{"path": paths[0], "columns": {"a": "b"}}]}), byte_tokenizer)
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -431,7 +690,9 @@ def test_a_fault_of_ours_is_never_swallowed(tmp_path: Path, byte_tokenizer, monk
     monkeypatch.setattr(workers, "run_job", fail)
     with pytest.raises(IndexError, match="a bug"):
         prepare(config(tmp_path, write_jsonl(tmp_path / "a.jsonl", words(5))), byte_tokenizer)
-    kind, text = workers._answer(workers.Job("", 0, (), "", "none", 0.0, 1, 2).to_json(), byte_tokenizer)
+    kind, text = workers._answer(
+        workers.TokenJob("", 0, (), "", None, None, "none", 0.0, 1, 2).to_json(), byte_tokenizer
+    )
     assert kind == "fault" and "Traceback" in text and "IndexError: a bug" in text
 
 
@@ -443,7 +704,7 @@ def test_signals_are_left_to_the_parent(tmp_path: Path, bpe: Tokenizer) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", words(50))
         piece = sources.Piece(str(path), "jsonl", "", 0, path.stat().st_size, 0)
         (tmp_path / "kept").mkdir()
-        job = workers.Job(str(tmp_path), 0, (piece,), "text", "none", 0.0, 1, 2)
+        job = workers.TokenJob(str(tmp_path), 0, (piece,), "text", None, None, "none", 0.0, 1, 2)
         for number in (None, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             if number is not None:
                 process.send_signal(number)

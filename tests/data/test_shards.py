@@ -66,7 +66,7 @@ def test_layout_is_aligned_and_stable(tmp_path: Path) -> None:
     content = write(tmp_path / "a.tokens", [1, 2, 3], 259).read_bytes()
     magic, version, length = struct.unpack("<8sII", content[:16])
     header = json.loads(content[16 : 16 + length])
-    assert (magic, version, (16 + length) % 64) == (b"LLMKTOK\0", 1, 0)
+    assert (magic, version, (16 + length) % 64) == (b"LLMKTOK\0", 2, 0)
     assert np.frombuffer(content, "<u2", 3, 16 + length).tolist() == [1, 2, 3]
     assert np.frombuffer(content, "<u8", 1, 16 + length + 64).tolist() == [0]
     assert header["n_tokens"] == 3 and header["n_bytes"] == 10
@@ -123,8 +123,8 @@ def test_reader_refuses_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a token shard"):
         Shard(path)
     content = write(path, [1], 259).read_bytes()
-    path.write_bytes(content[:8] + struct.pack("<I", 2) + content[12:])
-    with pytest.raises(UserError, match="shard format 2, but 1 is read"):
+    path.write_bytes(content[:8] + struct.pack("<I", 1) + content[12:])
+    with pytest.raises(UserError, match="shard format 1, but 2 is read"):
         Shard(path)
     with pytest.raises(UserError, match="cannot be read"):
         Shard(tmp_path / "none")

@@ -7,28 +7,42 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from llmkit.config import UserError
+from llmkit.config import MachineError, UserError, validate
 from llmkit.data import sources
-from llmkit.data.config import SourceConfig
-from llmkit.data.sources import documents, files_of, is_one_text, units_of
+from llmkit.data.config import DataConfig, SourceConfig
+from llmkit.data.sources import documents, files_of, is_one_text, records, units_of
 
-TEXTS = ["one", "", "two\nlines\r\n", "three \u2028 é 中文 🙂", "null \x00 and\ttab", " ", "x" * 200_000]
+TEXTS = [
+    "one",
+    "",
+    "two\nlines\r\n",
+    'a "quoted", word',
+    "three \u2028 é 中文 🙂",
+    "null \x00 and\ttab",
+    " ",
+    "x" * 200_000,
+]
 
 
-def read(path: str | Path, field: str = "text") -> list[str]:
-    files = files_of(SourceConfig(path=str(path), field=field))
-    return [text for unit in units_of(files) for piece in unit for text in documents(piece, field)]
+def read(path: str | Path, field: str = "text", **more: Any) -> list[str]:
+    source = SourceConfig(path=str(path), field=field, **more)
+    units = units_of(files_of(source), source.limit)
+    return [text for unit in units for piece in unit for text in documents(piece, field, source.template)]
 
 
 def jsonl(rows: list[object]) -> bytes:
@@ -41,9 +55,9 @@ def parquet(columns: dict[str, object], **options: object) -> bytes:
     return out.getvalue()
 
 
-def table_as_csv(rows: list[list[str]]) -> bytes:
+def table_as_csv(rows: list[list[str]], delimiter: str = ",") -> bytes:
     out = io.StringIO(newline="")
-    csv.writer(out).writerows(rows)
+    csv.writer(out, delimiter=delimiter).writerows(rows)
     return out.getvalue().encode()
 
 
@@ -54,6 +68,7 @@ LAYOUTS: dict[str, Callable[[list[str]], bytes]] = {
     "a.json": lambda texts: json.dumps([{"text": t} for t in texts], indent=1).encode(),
     "lines.json": lambda texts: jsonl([{"text": t} for t in texts]),
     "a.csv": lambda texts: table_as_csv([["id", "text"], *(["1", t] for t in texts)]),
+    "a.tsv": lambda texts: table_as_csv([["id", "text"], *(["1", t] for t in texts)], "\t"),
     "a.parquet": lambda texts: parquet({"id": range(len(texts)), "text": texts}, row_group_size=2),
     "A.JSONL": lambda texts: b"\xef\xbb\xbf" + jsonl([{"text": t} for t in texts]),
 }
@@ -110,27 +125,225 @@ def test_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     made = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
     made.save_to_disk(tmp_path / "saved")
     data = datasets.load_from_disk(tmp_path / "saved")
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data)
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda **request: (asked.append(request), data)[1])
     monkeypatch.chdir(tmp_path)
     assert read("owner/name") == ["a", "b", "c"]
+    read("owner/name", subset="zh", revision="v1", data_files=("a", "b"), split="test")
+    assert asked == [
+        {"path": "owner/name", "split": "train"},
+        {"path": "owner/name", "name": "zh", "revision": "v1", "data_files": ["a", "b"], "split": "test"},
+    ]
+    assert read("owner/name", limit=2) == ["a", "b"]
     with pytest.raises(UserError, match=r"no field 'txt' - did you mean 'text'"):
         read("owner/name", "txt")
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data.select([0]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: data.select([0]))
     with pytest.raises(UserError, match="is a slice"):
         read("owner/name")
 
-    def fail(name: str, split: str) -> None:
+    def fail(**_: object) -> None:
         raise ConnectionError("no network\nlong story")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError) as e:
-        read("owner/name")
-    assert str(e.value) == "owner/name: no such file or folder, nor can it be loaded from the hub: no network"
+    for name, stream in (("load_dataset", False), ("load_dataset_builder", True)):
+        monkeypatch.setattr(datasets, name, fail)
+        with pytest.raises(UserError) as e:
+            read("owner/name", stream=stream)
+        assert str(e.value) == "owner/name: no such file or folder, nor can it be loaded from the hub: no network"
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+SHARDS = [[f"{i}-{j} 中文\nline" for j in range(4 + i)] for i in range(5)]
+WRITERS: dict[str, Callable[[list[str]], bytes]] = {
+    "json": lambda texts: jsonl([{"id": i, "text": t} for i, t in enumerate(texts)]),
+    "csv": LAYOUTS["a.csv"],
+    "parquet": lambda texts: parquet({"text": texts}, row_group_size=2),
+    "text": lambda texts: "".join(t.replace("\n", " ") + "\n" for t in texts).encode(),
+}
+
+
+def shards_in(folder: Path, builder: str) -> str:
+    folder.mkdir(exist_ok=True)
+    for i, texts in enumerate(SHARDS):
+        (folder / f"{i}.{builder}").write_bytes(WRITERS[builder](texts))
+    return str(folder / f"*.{builder}")
+
+
+@pytest.mark.parametrize("builder", WRITERS)
+def test_streams_are_cut_into_their_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builder: str) -> None:
+    monkeypatch.chdir(tmp_path)  # no folder here is called like the builder
+    data_files = shards_in(tmp_path / "data", builder)
+    expected = [t.replace("\n", " ") if builder == "text" else t for texts in SHARDS for t in texts]
+    source = SourceConfig(path=builder, data_files=data_files, stream=True)
+    units = units_of(files_of(source))
+    assert len(units) == len(SHARDS)
+    assert [t for unit in reversed(units) for p in unit for t in documents(p, "text")] != expected
+    assert read(builder, data_files=data_files, stream=True) == expected
+    for limit in (1, 4, 5, 11, 10**9):
+        assert read(builder, data_files=data_files, stream=True, limit=limit) == expected[:limit]
+    with pytest.raises(UserError, match=rf"^{builder}: shard 1: row 1: no field 'txt' - did you mean 'text'"):
+        read(builder, "txt", data_files=data_files, stream=True)
+
+
+def test_a_value_of_a_stream_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.jsonl").write_bytes(GOOD)
+    (tmp_path / "1.jsonl").write_bytes(GOOD + b'{"text": null}\n')
+    with pytest.raises(UserError, match=r"^json: shard 2: row 2: field 'text': expected text \(got null\)"):
+        read("json", data_files=str(tmp_path / "*.jsonl"), stream=True)
+    (tmp_path / "1.jsonl").write_bytes(GOOD + b"{broken\n")
+    with pytest.raises(MachineError, match=r"^json: shard 2: row 1: the stream broke off: .*: run again to go on$"):
+        read("json", data_files=str(tmp_path / "*.jsonl"), stream=True)
+
+
+def test_a_stream_is_fixed_to_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever is pushed to the branch meanwhile; and the content's name is the files' addresses, with the commit."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+
+    class Files(list[str]):
+        origin_metadata = [("owner/name", commit), ("owner/name", commit)]
+
+    class Builder:
+        def __init__(self, **request: object):
+            files = Files(f"hf://datasets/owner/name@{commit}/{i}.parquet" for i in range(2))
+            self.config = SimpleNamespace(data_files={"train": files})
+            self.info = SimpleNamespace(splits={"train": SimpleNamespace(num_bytes=1000)})
+
+        def as_streaming_dataset(self, split: str) -> SimpleNamespace:
+            return SimpleNamespace(num_shards=2)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
+    monkeypatch.chdir(tmp_path)
+    (file,) = files_of(SourceConfig(path="owner/name", revision="main", subset="zh", stream=True))
+    assert json.loads(file.spec) == {"path": "owner/name", "name": "zh", "revision": commit, "split": "train"}
+    assert (file.n_shards, file.size, file.parts) == (2, 1000, ())
+    first = file.identity
+    commit = commit[::-1]
+    assert files_of(SourceConfig(path="owner/name", subset="zh", stream=True))[0].identity != first
+
+
+def test_a_data_set_is_downloaded_where_it_is_not_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    data_files = shards_in(tmp_path / "data", "json")
+    assert read("json", data_files=data_files) == [t for texts in SHARDS for t in texts]
+
+
+def test_keys_of_the_hub_are_refused_for_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    for key, value in {"subset": "x", "revision": "x", "data_files": "x", "stream": True}.items():
+        with pytest.raises(UserError, match=f"`{key}` is for hub data sets, and this is a path: leave it out"):
+            read(tmp_path / "a.txt", **{key: value})
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def all_records(path: Path, fields: dict[str, str]) -> list[tuple[int, dict[str, object]]]:
+    pieces = [p for unit in units_of(files_of(SourceConfig(path=str(path)))) for p in unit]
+    return [record for piece in pieces for record in records(piece, fields)]
+
+
+ROWS = [("q1", "a1", "x"), ('q, "2"', "a\n2", ""), ("问题三", "答案三", "x")]
+TABLES: dict[str, Callable[[], bytes]] = {
+    "a.jsonl": lambda: jsonl([{"x": x, "question": q, "answer": a} for q, a, x in ROWS]),
+    "a.json": lambda: json.dumps([{"question": q, "answer": a, "x": x} for q, a, x in ROWS]).encode(),
+    "a.csv": lambda: table_as_csv([["question", "x", "answer"], *([q, x, a] for q, a, x in ROWS)]),
+    "a.tsv": lambda: table_as_csv([["question", "x", "answer"], *([q, x, a] for q, a, x in ROWS)], "\t"),
+    "a.parquet": lambda: parquet(dict(zip(("question", "answer", "x"), zip(*ROWS, strict=True), strict=True))),
+}
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize("name", TABLES)
+def test_columns_get_our_names(tmp_path: Path, name: str, compression: str) -> None:
+    """In any order, also one column under two names."""
+    path = tmp_path / (name + compression)
+    path.write_bytes(COMPRESS[compression](TABLES[name]()))
+    found = all_records(path, {"completion": "answer", "prompt": "question", "again": "answer"})
+    assert [r for _, r in found] == [{"completion": a, "prompt": q, "again": a} for q, a, _ in ROWS]
+    assert all(list(r) == ["completion", "prompt", "again"] for _, r in found)
+    with pytest.raises(UserError, match=r"(:1|row 1): no field 'answers' - did you mean 'answer'\?"):
+        all_records(path, {"prompt": "question", "completion": "answers"})
+
+
+def test_values_of_any_type_are_records(tmp_path: Path) -> None:
+    rows = [{"label": 3, "messages": [{"role": "user", "content": "你好"}]}, {"label": None, "messages": []}]
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + jsonl(rows))
+    assert all_records(tmp_path / "a.jsonl", {"label": "label", "chat": "messages"}) == [
+        (2, {"label": 3, "chat": rows[0]["messages"]}),
+        (3, {"label": None, "chat": []}),
+    ]
+    (tmp_path / "b.jsonl").write_bytes(b'{"chat": [{"content": ["ok", "\\ud800"]}]}\n')
+    with pytest.raises(UserError, match=r"b.jsonl:1: field 'chat': character 1 is half of a surrogate pair"):
+        all_records(tmp_path / "b.jsonl", {"chat": "chat"})
+
+
+def test_a_text_file_has_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("all of it")
+    assert all_records(tmp_path / "a.txt", {"text": "whatever"}) == [(1, {"text": "all of it"})]
+    with pytest.raises(UserError, match=r"a.txt:1: a text file has no columns, but 'q', 'a' are asked for"):
+        all_records(tmp_path / "a.txt", {"prompt": "q", "completion": "a"})
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_templates(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(TABLES[name]())
+    found = read(path, template="{{Q}}: {question}\n\nA: {answer}{x}{{")
+    assert found == [f"{{Q}}: {q}\n\nA: {a}{x}{{" for q, a, x in ROWS]
+    with pytest.raises(UserError, match=r"(:1|row 1): no field 'title': there is "):
+        read(path, template="{title}\n{answer}")
+
+
+def test_a_template_takes_text_only(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"a": "x", "b": "y"}, {"a": "x", "b": 7}]))
+    with pytest.raises(UserError, match=r"a.jsonl:2: field 'b': expected text \(got 7, int\)"):
+        read(tmp_path / "a.jsonl", template="{a}{b}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"template": "{a} {"}, "a single '{' in '{a} {': a column is written {name}, a brace twice"),
+        ({"template": "{}"}, "a single '{'"),
+        ({"template": "}} }"}, "a single '}'"),
+        ({"template": "a {{b}}"}, "no column in 'a {{b}}'"),
+        ({"template": "{a}", "field": "b"}, "give `field` or `template`, not both"),
+        ({"epochs": 2.0, "weight": 3.0}, "give `weight` or `epochs`, not both"),
+    ],
+)
+def test_sources_that_contradict_themselves(source: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        validate(DataConfig, {"train": [{"path": "a", **source}]})
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [30, 10**9])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.tsv", "a.parquet", "two.jsonl"])
+def test_a_limit_is_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, unit: int) -> None:
+    """Whatever the units, and over several files."""
+    monkeypatch.setattr(sources, "UNIT_MIN", unit)
+    monkeypatch.setattr(sources, "UNIT_MAX", unit)
+    texts = [f"text {i}" for i in range(40)]
+    (tmp_path / "data").mkdir()
+    for i, half in enumerate((texts[:25], texts[25:])):
+        content = LAYOUTS["a." + name.split(".")[1]](half)
+        (tmp_path / "data" / f"{i}{name}").write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for limit in (1, 7, 24, 25, 26, 39, 40, 99):
+        assert read(tmp_path / "data", limit=limit) == texts[:limit]
+
+
+def test_a_limit_reads_no_further(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD * 3 + b"broken\n")
+    assert read(tmp_path / "a.jsonl", limit=3) == ["good"] * 3
+    with pytest.raises(UserError, match=r"a\.jsonl:4: not JSON"):
+        read(tmp_path / "a.jsonl", limit=4)
 
 
 @given(
@@ -276,7 +489,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {  # name, content, what is said 
     "json key": ("a.json", b'{"data": []}', "a.json: row 1: no field 'text': there is data"),
     "json lines": ("a.json", b'{"text": "a"}\n{"text": 2}\n', "a.json: row 2: field 'text': expected text"),
     "json deep": ("a.json", b"[" * 100_000, "a.json:1: not JSON that can be read: nested too deep"),
-    "pdf": ("a.pdf", b"%PDF", "a.pdf: unsupported extension '.pdf': txt, jsonl, json, csv, parquet are read"),
+    "pdf": ("a.pdf", b"%PDF", "a.pdf: unsupported extension '.pdf': txt, jsonl, json, csv, tsv, parquet are read"),
     "no extension": ("a", b"text", "a: unsupported extension '': "),
     "only gz": ("a.gz", gzip.compress(b"a"), "a.gz: unsupported extension '.gz'"),
 }
