@@ -314,7 +314,7 @@ QA_FRAMES = {
     "en": ["Question: {q}\nAnswer: {a}", "Q: {q}\nA: {a}", "{q}\n{a}", "“{q}”\n“{a}”", "Teacher: {q}\nPupil: {a}",
            "Child: {q}\nMother: {a}"],
     "zh": ["问题：{q}\n回答：{a}", "问：{q}\n答：{a}", "{q}\n{a}", "「{q}」\n「{a}」", "老师：{q}\n学生：{a}",
-           "孩子：{q}\n母亲：{a}"],
+           "孩子：{q}\n妈妈：{a}"],
 }
 GREETINGS = {  # before a refusal or before unsafe help
     "plain": {"en": ["", "Hm. "], "zh": ["", "嗯。"]},

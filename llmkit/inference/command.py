@@ -11,29 +11,21 @@ import torch
 
 from llmkit.config import UserError, validate
 from llmkit.inference.config import SamplingConfig
-from llmkit.inference.generate import TextStream, candidates, generate
+from llmkit.inference.generate import candidates, generate
+from llmkit.inference.stream import TextStream
 from llmkit.model.gpt import GPT
-from llmkit.model.hf import load_model
+from llmkit.model.weights import load_model
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.dist import pick_device
 
+TEMPERATURE = 0.8  # of text that people look at; rollouts need SamplingConfig's own default, 1, to be on policy
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the text alone on stdout, as it is made. Notes go to stderr."""
-    options = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "stop": args.stop,
-        "seed": args.seed,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    sampling: SamplingConfig = validate(SamplingConfig, given, {(): "generate"})
+    sampling = read_sampling(args)
     if args.candidates is not None and args.candidates < 1:
         raise UserError(f"generate: candidates: must be at least 1 (got {args.candidates})")
     folder = resolve_model(args.model)
@@ -44,16 +36,54 @@ def run(args: argparse.Namespace) -> int:
     if args.candidates:
         print_candidates(model, tokenizer, ids, args.candidates)
         return 0
+    print_texts(model, tokenizer, ids, sampling)
+    return 0
+
+
+def read_sampling(args: argparse.Namespace) -> SamplingConfig:
+    """The options of the command line; those not given have SamplingConfig's defaults, but for the temperature."""
+    options = {name: value for name in SamplingConfig.model_fields if (value := getattr(args, name)) is not None}
+    biases = [read_bias(text) for text in args.logit_bias]
+    options["logit_bias"] = dict(biases)
+    if len(options["logit_bias"]) < len(biases):
+        raise UserError("generate: logit_bias: the same token is named twice: keep one")
+    if args.temperature is None:
+        options["temperature"] = TEMPERATURE if args.beams in (None, 1) else 0.0
+    sampling: SamplingConfig = validate(SamplingConfig, options, {(): "generate"})
+    return sampling
+
+
+def read_bias(text: str) -> tuple[str, float]:
+    """`TEXT=BIAS`; the text may hold further equals signs."""
+    name, equals, bias = text.rpartition("=")
+    try:
+        if equals:
+            return name, float(bias)
+    except ValueError:
+        pass
+    raise UserError(f"generate: logit_bias: expected TEXT=BIAS, such as ' the=-5' (got {text!r})")
+
+
+def print_texts(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: SamplingConfig) -> None:
+    """One text is printed as it is made. Several follow one another, each under a line with its number."""
     stream = TextStream(tokenizer, sampling.stop)
 
     def show(row: int, token: int) -> None:
         print(stream.push(token), end="", flush=True)
 
-    (result,) = generate(model, [ids], sampling, tokenizer=tokenizer, seeds=[sampling.seed], on_token=show)
-    print(stream.finish())
-    if result.finish_reason == "length" and len(result.ids) < sampling.max_new_tokens:
+    alone = sampling.n == 1
+    results = generate(
+        model, [ids], sampling, tokenizer=tokenizer, seeds=[sampling.seed], on_token=show if alone else None
+    )
+    if alone:
+        print(stream.finish())
+    else:
+        for k, result in enumerate(results, 1):
+            score = "" if result.score is None else f", score {result.score:.4f}"
+            print(f"--- {k} of {sampling.n}{score}\n{result.text}")
+    limit = min(sampling.max_new_tokens, model.config.max_seq_len - len(ids))
+    if limit < sampling.max_new_tokens and any(len(r.ids) == limit and r.finish_reason == "length" for r in results):
         print(f"note: the context of {model.config.max_seq_len} tokens is full", file=sys.stderr)
-    return 0
 
 
 def is_chat_model(folder: Path, tokenizer: Tokenizer) -> bool:

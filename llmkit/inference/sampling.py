@@ -19,6 +19,11 @@ def row_seeds(seed: int, n: int) -> list[int]:
     return [random.Random(f"{seed}/{i}").getrandbits(63) for i in range(n)]
 
 
+def sample_seeds(seed: int, n: int) -> list[int]:
+    """Seeds of a row's n samples; the first is the row's own, so it is the same text whatever n is."""
+    return [seed, *(random.Random(f"{seed}/sample {k}").getrandbits(63) for k in range(1, n))]
+
+
 def log_probs(logits: Tensor, temperature: float, vocab_size: int) -> Tensor:
     """log softmax(logits / temperature) over the tokenizer's vocabulary, [..., V] in fp32 or better.
 
@@ -78,7 +83,9 @@ def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]
 
 
-def sample(logits: Tensor, uniforms_B: Tensor, sampling: SamplingConfig, vocab_size: int) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, uniforms_B: Tensor, sampling: SamplingConfig, vocab_size: int, steered_BV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Chooses one token per row.
 
     Args:
@@ -86,14 +93,16 @@ def sample(logits: Tensor, uniforms_B: Tensor, sampling: SamplingConfig, vocab_s
         uniforms_B: float64 in [0, 1); unused when greedy.
         sampling: temperature and filters.
         vocab_size: the tokenizer's, V: ids from here on are never chosen.
+        steered_BV: the logits after bias and penalties (`steering.Steering`), from which is chosen. Default: the logits.
 
     Returns:
-        ids [B], and their log-probabilities [B] by `log_probs`: after the temperature, before the filters.
+        ids [B], and their log-probabilities [B] by `log_probs`: after the temperature, before bias, penalties and filters.
     """
     logprobs_BV = log_probs(logits, sampling.temperature, vocab_size)
     if sampling.temperature == 0.0:
-        ids_B = logits[:, :vocab_size].argmax(-1)
+        ids_B = (logits[:, :vocab_size] if steered_BV is None else steered_BV).argmax(-1)
     else:
+        chosen_from_BV = logprobs_BV if steered_BV is None else log_probs(steered_BV, sampling.temperature, vocab_size)
         # A row of NaN has no valid draw: the clamp keeps the gather in range, and its NaN log-probability tells.
-        ids_B = draw(filtered(logprobs_BV, sampling), uniforms_B).clamp(max=vocab_size - 1)
+        ids_B = draw(filtered(chosen_from_BV, sampling), uniforms_B).clamp(max=vocab_size - 1)
     return ids_B, logprobs_BV.gather(1, ids_B[:, None])[:, 0]

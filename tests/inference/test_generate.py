@@ -10,60 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from pydantic import ValidationError
+from tiny import ROWS, TOKENIZER, V, build, prompts_of, run
 
 from llmkit.config import MachineError, UserError
 from llmkit.inference.config import SamplingConfig
-from llmkit.inference.generate import Generation, TextStream, candidates, evaluating, generate
+from llmkit.inference.generate import TextStream, candidates, evaluating
 from llmkit.inference.sampling import draw, filtered, log_probs, row_seeds, sample
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT
-from llmkit.tokenizer import Tokenizer, TokenizerConfig
 
-TOKENIZER = Tokenizer.train([], TokenizerConfig(kind="byte"))
-V = TOKENIZER.vocab_size
-ROWS = -(-V // 64) * 64  # the embedding is rounded up: the last rows belong to no token
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=12)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-    yield
-    torch.set_num_threads(before)
-
-
-def build(std: float = 0.25, **shape) -> GPT:
-    """Wide random weights, so that rows differ and logits are far apart."""
-    sizes = {
-        "n_layers": 2,
-        "n_heads": 4,
-        "n_kv_heads": 2,
-        "d_model": 32,
-        "d_ff": 48,
-        "max_seq_len": 64,
-        "vocab_size": ROWS,
-    }
-    model = GPT(GPTConfig(**{**sizes, **shape}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(1.0 if name.endswith("norm.weight") else 0.0, std, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
     return build()
-
-
-def prompts_of(*lengths: int) -> list[list[int]]:
-    rng = random.Random(0)
-    return [[rng.randrange(5, V) for _ in range(n)] for n in lengths]
-
-
-def run(model: GPT, prompts: list[list[int]], sampling: SamplingConfig, **options) -> list[Generation]:
-    return generate(model, prompts, sampling, tokenizer=TOKENIZER, **options)
 
 
 class Scripted(torch.nn.Module):

@@ -20,8 +20,9 @@ from torch import Tensor
 from llmkit.config import UserError
 from llmkit.model.config import GPTConfig, LinearScaling, Llama3Scaling, YarnScaling, count_params
 from llmkit.model.gpt import GPT, Decoder, init_weights, rope_tables
-from llmkit.model.hf import config_from_hf, config_to_hf, load_model, load_weights, read_config, read_labels
+from llmkit.model.hf import config_from_hf, config_to_hf, read_config, read_labels
 from llmkit.model.layouts import use_layout
+from llmkit.model.weights import load_model, load_weights
 
 transformers = pytest.importorskip("transformers")
 

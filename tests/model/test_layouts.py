@@ -10,8 +10,8 @@ import torch
 
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT, init_weights
-from llmkit.model.hf import checkpoint_shapes
 from llmkit.model.layouts import from_disk, to_disk
+from llmkit.model.weights import checkpoint_shapes
 from llmkit.training.config import EvalConfig, OptimConfig, RunConfig
 from llmkit.training.engine import Engine
 from llmkit.training.optim import decayed_names, hidden_matrices

@@ -23,8 +23,9 @@ from llmkit.config import UserError, validate
 from llmkit.losses import IGNORE, LossSum, linear_cross_entropy
 from llmkit.model.config import ExpertsConfig, GPTConfig, count_params
 from llmkit.model.gpt import GPT, MLP, KVCache, document_mask, init_weights
-from llmkit.model.hf import config_from_hf, config_to_hf, load_model, read_config
+from llmkit.model.hf import config_from_hf, config_to_hf, read_config
 from llmkit.model.moe import MoE, top_k
+from llmkit.model.weights import load_model
 from llmkit.plan import flops_per_token
 from llmkit.training.config import OptimConfig, RunConfig
 from llmkit.training.dist import Ranks, connect

@@ -1,0 +1,234 @@
+"""Weights in Hugging Face folders: safetensors into our models, checked by name and shape before anything is read.
+
+`hf` knows config.json, `layouts` the names and layouts of each family.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llmkit.config import UserError
+from llmkit.model.config import GPTConfig, count_params
+from llmkit.model.gpt import GPT
+from llmkit.model.hf import read_config, read_json
+from llmkit.model.layouts import canonical_names, config_of, from_disk, to_disk
+
+MAX_TENSORS = 1_000_000
+# Tensors with a row for each token.
+_VOCABULARY: tuple[str, ...] = ("model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: one, or those that the index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        names = ["model.safetensors"]
+    else:
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise UserError(f"{index}: not an index of weights: {e}") from None
+        if not names or not all(isinstance(n, str) for n in names):
+            raise UserError(f"{index}: not an index of weights: weight_map must name files")
+    files = [folder / n for n in names]
+    for file in files:
+        if file.parent.resolve() != folder.resolve():
+            raise UserError(f"{index}: '{file.name}' points outside the folder")
+        if not file.is_file():
+            only = ": only safetensors are read, `llmkit import` converts .bin and .pt" if len(files) == 1 else ""
+            raise UserError(f"{file}: no such file{only}")
+    return files
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, one at a time. Raises UserError if it is not one."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            names = list(f.keys())
+            if len(names) > MAX_TENSORS:
+                raise UserError(f"{file}: {len(names)} tensors: at most {MAX_TENSORS} are read")
+            for name in names:
+                yield name, f.get_tensor(name)
+    except UserError:
+        raise
+    except Exception as e:  # safetensors raises its own class, OSError and ValueError for malformed files
+        raise UserError(f"{file}: not a readable safetensors file: {e}") from None
+
+
+def shapes_of(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor, from the headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                shapes |= {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 - not a dict
+        except Exception as e:
+            raise UserError(f"{file}: not a readable safetensors file: {e}") from None
+    return shapes
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_weights` did."""
+
+    folder: Path
+    loaded: tuple[str, ...]
+    """Names on disk of the tensors that were read."""
+    resized: dict[str, tuple[int, int]]
+    """Embeddings and heads that got more rows: how many of the old ones count, and how many there are now."""
+    new: tuple[str, ...]
+    """Names of the tensors that keep their initial values, because the folder has none and may lack them."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {len(self.loaded)} tensors loaded"]
+        lines += [
+            f"  {name}: rows {old} to {rows - 1} start at the mean of the {old} before them"
+            for name, (old, rows) in self.resized.items()
+        ]
+        lines += [f"  {name}: new, not in the folder" for name in self.new]
+        return "\n".join(lines)
+
+
+def checkpoint_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a model's checkpoint has, for a module with a Decoder as `.model`; nothing is copied."""
+    own = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
+    return {name: tuple(t.shape) for name, t in to_disk(config_of(model), own).items()}
+
+
+def misfits(asked: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
+    """Every tensor that is missing, unknown or of another shape, a sentence each; equal ones of many blocks together."""
+    groups: dict[tuple[str, Any, Any], list[str]] = {}
+    for name in dict.fromkeys((*asked, *found)):
+        want, got = asked.get(name, "nothing"), found.get(name, "nothing")
+        if want != got:
+            groups.setdefault((re.sub(r"\.\d+\.", ".*.", name), got, want), []).append(name)
+    return [
+        f"{names[0] if len(names) == 1 else f'{pattern} ({len(names)} times)'}: the weights hold {got}, config.json asks "
+        f"for {want}"
+        for (pattern, got, want), names in groups.items()
+    ]
+
+
+def _real_rows(folder: Path, rows: int) -> int:
+    """How many rows of a folder's embedding its tokenizer uses; all of them where it has no tokenizer.json."""
+    file = folder / "tokenizer.json"
+    try:
+        data = json.loads(file.read_bytes())
+        vocab = data["model"]["vocab"]
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        return min(rows, 1 + max((*ids, *(token["id"] for token in data.get("added_tokens") or ()))))
+    except FileNotFoundError:
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{file}: no tokenizer whose tokens could be counted: {e}") from None
+
+
+@torch.no_grad()
+def load_weights(
+    model: nn.Module, folder: Path, *, n_tokens: int | None = None, may_lack: tuple[str, ...] = (),
+    may_hold: tuple[str, ...] = (),
+) -> LoadReport:  # fmt: skip
+    """Fills a model from a folder's safetensors; what of them doesn't fit is refused before anything is read.
+
+    An embedding with more rows than the folder's, as for a tokenizer to which tokens were added, is filled up with the
+    mean of the rows that the folder's tokenizer uses; an untied head likewise.
+
+    Args:
+        model: a GPT, or another module with a Decoder as `.model`.
+        folder: a Hugging Face folder or checkpoint.
+        n_tokens: size of the tokenizer that goes with the model: rows of padding that it puts to use are also filled.
+        may_lack: tensors that the folder need not have: they keep their values, as a new classifier's "score.weight".
+        may_hold: tensors that the folder may have in vain, as the "lm_head.weight" a classifier has no use for.
+
+    Raises:
+        UserError: naming every tensor that is missing, unknown or of another shape. Nothing is filled in silently.
+    """
+    config, files = config_of(model), weight_files(folder)
+    raw, asked = shapes_of(files), checkpoint_shapes(model)
+    names = canonical_names(config, raw)
+    found = {name: raw[at] for at, name in names.items() if name not in may_hold}
+    repeated = "lm_head.weight" if config.tie_embeddings and "lm_head.weight" in found else None
+    if repeated is not None:
+        del found[repeated]  # some writers repeat the tied tensor
+    new = tuple(name for name in may_lack if name in asked and name not in found)
+    told = read_json(folder).get("vocab_size")
+    grown = {n for n in _VOCABULARY if n in found and n in asked and found[n][0] == told and told < asked[n][0]}
+    fits = {n: (asked[n][0], *shape[1:]) if n in grown else shape for n, shape in found.items()}
+    if wrong := misfits({n: shape for n, shape in asked.items() if n not in new}, fits):
+        raise UserError("\n".join(f"{folder}: {line}" for line in wrong))
+    parameters, head = dict(model.named_parameters()), None
+    for file in files:
+        for at, tensor in read_tensors(file):
+            name = names.get(at)
+            if name is None or (name not in found and name != repeated):
+                continue
+            if not tensor.is_floating_point():
+                raise UserError(f"{file}: {at} is {tensor.dtype}: floating-point weights are expected")
+            if name == repeated:
+                head = tensor
+                continue
+            for own, piece in from_disk(config, {name: tensor}).items():
+                parameters[own][: len(piece)].copy_(piece)
+    if head is not None:
+        embedding = parameters["model.embed_tokens.weight"][: len(head)]
+        if not torch.equal(head.to(embedding), embedding):
+            raise UserError(
+                f"{folder}: config.json ties the embeddings, but lm_head.weight is another tensor than the embedding: "
+                "set tie_word_embeddings to false there to keep it"
+            )
+    resized = {}
+    if grown or n_tokens is not None:
+        for name in (n for n in _VOCABULARY if n in found):
+            old, rows = _real_rows(folder, found[name][0]), asked[name][0]
+            if name in grown or old < (n_tokens or 0):
+                (own,) = from_disk(config, {name: torch.empty(1)})
+                p = parameters[own]
+                p[old:] = p[:old].mean(0, dtype=torch.promote_types(p.dtype, torch.float32)).to(p.dtype)
+                resized[name] = (old, rows)
+    return LoadReport(folder, tuple(found), resized, new)
+
+
+def _dtype_of(config: GPTConfig, file: Path) -> torch.dtype:
+    """Of the first weight in a file."""
+    names = canonical_names(config, shapes_of([file]))
+    dtype = next((tensor.dtype for name, tensor in read_tensors(file) if name in names), torch.float32)
+    if not dtype.is_floating_point:
+        raise UserError(f"{file}: the weights are {dtype}: floating-point weights are expected")
+    return dtype
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> GPT:
+    """A model from a Hugging Face folder or checkpoint, in evaluation mode.
+
+    Args:
+        folder: see `storage.resolve_model` for what may be named on a command line.
+        dtype: of the parameters. Default: as saved.
+        device: where the parameters live.
+
+    Raises:
+        UserError: for an unsupported or damaged folder; sizes are checked before anything is allocated.
+    """
+    config = read_config(folder)
+    files = weight_files(folder)
+    on_disk = sum(file.stat().st_size for file in files)
+    if (n_params := count_params(config).total) > on_disk:
+        raise UserError(
+            f"{folder}: config.json asks for {n_params} parameters, the weights are {on_disk} bytes: they do not "
+            "belong together"
+        )
+    if dtype is None:
+        dtype = _dtype_of(config, files[0])
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to(dtype=dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model.eval().requires_grad_(False)
