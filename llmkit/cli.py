@@ -15,7 +15,7 @@ EXIT_CODES = """exit codes:
   0   done
   1   a fault of llmkit or of the machine
   2   your mistake: the message says which, and how to mend it
-  3   training stopped itself: a loss or gradient was not finite
+  3   training stopped itself: a loss or gradient was not finite, or the guard's limits were reached
   75  stopped by a signal after saving: start again to go on
   130 interrupted by Ctrl-C"""
 # What the system says of a path that can't be used as it is named. Anything else about files is the machine's fault.
@@ -31,17 +31,39 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    from llmkit.config import UserError
     from llmkit.stages import load_recipe, stage_module
 
-    recipe = load_recipe(args.recipe, args.overrides)
-    return PREEMPTED if stage_module(recipe).prepare(recipe) is None else 0
+    overrides, part = _take_part(args.overrides)
+    recipe = load_recipe(args.recipe, overrides)
+    module = stage_module(recipe)
+    if part is None:
+        return PREEMPTED if module.prepare(recipe) is None else 0
+    if recipe.stage != "pretrain":
+        raise UserError(f"part: of stage {recipe.stage} there is nothing to prepare in parts: leave it out")
+    return PREEMPTED if module.prepare(recipe, part) is None else 0
+
+
+def _take_part(overrides: Sequence[str]) -> tuple[list[str], tuple[int, int] | None]:
+    """Takes `part=I/N` out of the overrides: it says which job this is, not what is made."""
+    from llmkit.config import UserError
+
+    rest = [text for text in overrides if not text.startswith("part=")]
+    parts = [text.removeprefix("part=") for text in overrides if text.startswith("part=")]
+    if not parts:
+        return rest, None
+    number, slash, of = parts[-1].partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise UserError(f"part={parts[-1]}: expected part=I/N, job I of N, counted from 1: part=3/16")
+    return rest, (int(number), int(of))
 
 
 def _plan(args: argparse.Namespace) -> int:
     from llmkit.stages import load_recipe, stage_module
 
     recipe = load_recipe(args.recipe, args.overrides)
-    print(stage_module(recipe).plan(recipe))
+    for line in stage_module(recipe).plan(recipe):
+        print(line, flush=True)
     return 0
 
 
@@ -53,6 +75,18 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from llmkit.tools.verify import run
+
+    return run(args)
+
+
+def _average(args: argparse.Namespace) -> int:
+    from llmkit.tools.average import run
+
+    return run(args)
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from llmkit.tools.embed import run
 
     return run(args)
 
@@ -84,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(metavar="command", dest="command")
     _recipe_command(commands, "train", _train, "run the stage a recipe describes; run again to resume")
-    _recipe_command(commands, "prepare", _prepare, "turn text into token shards (train does it when they are missing)")
+    _recipe_command(
+        commands, "prepare", _prepare, "turn text into token shards (train does it when missing); part=I/N: job I of N"
+    )
     _recipe_command(commands, "plan", _plan, "parameters, memory, disk and tokens of a recipe, before anything runs")
 
     generate = commands.add_parser("generate", help="stream text from a model")
@@ -93,10 +129,21 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="no chat template, also for a chat model")
     generate.add_argument("--system", help="the system message, for a chat model")
     generate.add_argument("--max-new-tokens", type=int)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; default: 0.8")
+    generate.add_argument("--min-new-tokens", type=int, help="no stop token before so many")
+    generate.add_argument("--temperature", type=float, help="0 is greedy; default: 0.8, and 0 with --beams")
     generate.add_argument("--top-k", type=int)
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--min-p", type=float)
+    generate.add_argument("--repetition-penalty", type=float, help="above 1: less of what prompt and text hold already")
+    generate.add_argument("--presence-penalty", type=float, help="taken off the scores of what the text holds already")
+    generate.add_argument("--frequency-penalty", type=float, help="the same, times how often it does")
+    generate.add_argument(
+        "--logit-bias", action="append", default=[], metavar="TEXT=BIAS", help="a token, by text or id; -100 bans it"
+    )
+    generate.add_argument("--n", type=int, help="so many samples; with --beams, the n best")
+    generate.add_argument("--beams", type=int, help="beam search with so many")
+    generate.add_argument("--length-penalty", type=float, help="beams: above 0 favours long texts; default: 1")
+    generate.add_argument("--early-stopping", action="store_true", default=None, help="beams: end with the first ended")
     generate.add_argument("--seed", type=int)
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     generate.add_argument("--candidates", type=int, metavar="K", help="show the K likeliest next tokens instead")
@@ -104,9 +151,46 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     generate.set_defaults(run=_generate)
 
+    embed = commands.add_parser("embed", help="vectors of texts, nearest neighbours, similar words, analogies")
+    embed.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
+    embed.add_argument("--text", action="append", default=[], help="a text; several print how near they are")
+    embed.add_argument("--file", help="texts: jsonl, json, csv or parquet, one a row; txt, one a line")
+    embed.add_argument("--field", default="text", help="where a row's text stands; default: text")
+    embed.add_argument("--out", help="writes the vectors: .npy, .npz (as `vectors`) or .jsonl")
+    embed.add_argument("--query", action="append", default=[], metavar="TEXT", help="prints the nearest texts")
+    embed.add_argument(
+        "--pooling", choices=("mean", "last"), default="mean", help="over a text's tokens; default: mean"
+    )
+    embed.add_argument("--layer", type=int, help="0 the embeddings, -1 after the last block, the default for texts")
+    embed.add_argument("--similar", action="append", default=[], metavar="WORD", help="prints the nearest words")
+    embed.add_argument("--analogy", action="append", default=[], metavar="A:B::C", help="what is to C as B is to A?")
+    embed.add_argument(
+        "--analogies", metavar="FILE", help='jsonl of {"a", "b", "c", "d"}: ranks, and how many come first'
+    )
+    embed.add_argument(
+        "--vectors",
+        choices=("input", "output", "context"),
+        default="input",
+        help="of words: the embedding they are read or predicted by, or the mean state where --file holds them",
+    )
+    embed.add_argument("--window", type=int, help="context: the word and the tokens after it, so many; default: 16")
+    embed.add_argument("--method", choices=("add", "mul"), default="add", help="3CosAdd or 3CosMul; default: add")
+    embed.add_argument("--centre", action="store_true", help="subtract the words' mean vector first")
+    embed.add_argument("-k", type=int, default=5, help="so many are printed; default: 5")
+    embed.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    embed.set_defaults(run=_embed)
+
     verify = commands.add_parser("verify", help="check a checkpoint: manifest, hashes, shapes, finite values")
     verify.add_argument("folder", help="a run (all its checkpoints), a checkpoint or a Hugging Face folder")
     verify.set_defaults(run=_verify)
+
+    average = commands.add_parser("average", help="one model from several of one shape: the mean of their weights")
+    average.add_argument("out", help="the folder to write")
+    average.add_argument("models", nargs="+", help="runs, checkpoints or Hugging Face folders")
+    average.add_argument("--last", type=int, metavar="N", help="the last N checkpoints of the one run that is named")
+    average.add_argument("--weights", metavar="A,B", help="shares of the models; default: equal")
+    average.add_argument("--ema", action="store_true", help="of the averages that training kept (optim.ema_decay)")
+    average.set_defaults(run=_average)
 
     schema = commands.add_parser("schema", help="JSON schema of all recipes, for completion in editors")
     schema.set_defaults(run=_schema)

@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -352,25 +352,25 @@ def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, passed_over
 
 
-def retain(run: Path, keep: int, also: int | None) -> None:
-    """Deletes old checkpoints but the newest `keep` whose sizes hold and that of step `also`."""
+def retain(run: Path, keep: int, also: Collection[int]) -> None:
+    """Deletes old checkpoints but the newest `keep` whose sizes hold and those of the steps in `also`."""
     good = 0
     for folder in checkpoints_of(run):
         if good < keep:
             with contextlib.suppress(Damaged):
                 verify(folder, hashes=False)
                 good += 1
-        elif step_of(folder) != also:
+        elif step_of(folder) not in also:
             trash(folder)
 
 
 def resolve_model(path: str | Path) -> Path:
-    """The model folder meant by a run (its newest good checkpoint), a checkpoint or a Hugging Face folder.
+    """The model folder meant by a run (its newest good checkpoint), a checkpoint, a Hugging Face folder or a hub name.
 
     Raises:
         UserError: if there is none, or a checkpoint of ours is damaged.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
     if (path / MANIFEST).is_file():
         try:
             verify(path)
@@ -384,8 +384,29 @@ def resolve_model(path: str | Path) -> Path:
         if good is not None:
             return good
         raise UserError("; ".join([f"{path}: the run has no good checkpoint", *passed_over.values()]))
-    what = "holds neither config.json nor checkpoints/" if path.is_dir() else "no such folder"
-    raise UserError(f"{path}: {what}: give a run, a checkpoint or a Hugging Face folder")
+    if path.is_dir():
+        raise UserError(
+            f"{path}: holds neither config.json nor checkpoints/: give a run, a checkpoint or a Hugging Face folder"
+        )
+    # A path into a folder that exists is a mistyped path: no use in asking the hub for it.
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.is_dir():
+        return _from_hub(name)
+    raise UserError(f"{path}: no such folder: give a run, a checkpoint, a Hugging Face folder or a hub name")
+
+
+# Weights as safetensors, configurations and tokenizers: nothing that could be code, or a pickle.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+def _from_hub(name: str) -> Path:
+    """A hub model's folder in the hub's own cache, downloaded if it isn't there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as e:  # its classes are many, and the network's come through
+        reason = str(e).strip().split("\n")[0] or type(e).__name__
+        raise UserError(f"{name}: no such folder, nor can it be loaded from the hub: {reason}") from None
 
 
 @contextlib.contextmanager

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmkit.data.loader import RowLoader
+from llmkit.data.loader import RowLoader, TextRows
 from llmkit.data.shards import ShardWriter, TokenShards, write_index
-from llmkit.losses import IGNORE, LossSum, linear_cross_entropy, squared_error
+from llmkit.losses import IGNORE, LossSum, classification, linear_cross_entropy, regression, squared_error
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT
-from llmkit.training.supervised import next_token_loss
+from llmkit.training.supervised import token_loss
 
 N, D, V = 50, 24, 97
 
@@ -253,8 +253,9 @@ def cycle_shards(tmp_path: Path) -> TokenShards:
 @pytest.mark.parametrize("packing", [True, False])
 def test_shift(cycle_shards: TokenShards, packing: bool) -> None:
     """B6, B7: who knows each document's next token has no loss; who repeats the current one, or jumps, has much."""
-    loader = RowLoader([cycle_shards], row_len=16, rows_per_step=4, pad_id=0, packing=packing, prefetch=0)
-    loss, means = next_token_loss(0.0, 32), []
+    rows = TextRows([cycle_shards], row_len=16, pad_id=0, packing=packing)
+    loader = RowLoader(rows, rows_per_step=4, prefetch=0)
+    loss, means = token_loss(0.0, 32), []
     for ahead in (0, 1, 2):
         batches = list(loader.eval_batches())
         total = sum(loss(Oracle(ahead), b).parts["loss"].item() for b in batches)
@@ -273,3 +274,72 @@ def test_squared_error() -> None:
     assert torch.equal(torch.autograd.grad(out.total, prediction)[0], prediction)
     with pytest.raises(ValueError, match=r"\(2, 2\) and target \(2,\)"):
         squared_error(prediction, torch.zeros(2))  # would broadcast to the wrong number without a word
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
+    """A frozen head, or frozen layers below it: the other gradient is what it is with both."""
+    inputs = dict(zip(("hidden", "weight"), case()[:2], strict=True))
+    labels = case()[2]
+    (free,) = (name for name in inputs if name != frozen)
+    (expected,) = torch.autograd.grad(
+        linear_cross_entropy(**rename(inputs), labels=labels, chunk=8).total, inputs[free]
+    )
+    inputs[frozen].requires_grad_(False)
+    (got,) = torch.autograd.grad(linear_cross_entropy(**rename(inputs), labels=labels, chunk=8).total, inputs[free])
+    assert torch.equal(got, expected)
+
+
+def rename(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"hidden": inputs["hidden"], "weight_VD": inputs["weight"]}
+
+
+# --- one label a sequence --------------------------------------------------------------------------------------------
+
+
+def test_accuracy_counts_the_labels_that_come_first() -> None:
+    hidden, weight, labels = case()
+    best = (hidden @ weight.T).argmax(-1)
+    labels[:7] = best[:7]
+    out = linear_cross_entropy(hidden, weight, labels, chunk=8, accuracy=True)
+    keep = labels != IGNORE
+    assert out.parts["accuracy"].item() == (best[keep] == labels[keep]).sum().item() >= 7
+    assert "accuracy" not in linear_cross_entropy(hidden, weight, labels).parts
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_classification(dtype: torch.dtype, bound: float) -> None:
+    """Sum, gradient, accuracy and confusion against NumPy; a row of padding counts nowhere (B12: fp32 at least)."""
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(9, 3)), np.array([0, 1, 2, 2, IGNORE, 1, 0, IGNORE, 2])
+    x = torch.tensor(scores, dtype=dtype, requires_grad=True)
+    out = classification(x, torch.tensor(labels))
+    keep = labels != IGNORE
+    s, y = x.detach().double().numpy()[keep], labels[keep]
+    p = np.exp(s) / np.exp(s).sum(1, keepdims=True)
+    assert out.total.item() == pytest.approx(-np.log(p[np.arange(len(y)), y]).sum(), rel=bound)
+    (grad,) = torch.autograd.grad(out.total, x)
+    expected = np.zeros_like(scores)
+    expected[keep] = p - np.eye(3)[y]
+    close(grad, torch.tensor(expected), bound)
+    assert out.total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    confusion = np.zeros((3, 3))
+    np.add.at(confusion, (y, s.argmax(1)), 1)
+    assert out.stats["confusion"].tolist() == confusion.tolist()
+    assert out.parts["accuracy"].item() == np.trace(confusion)
+
+
+def test_regression() -> None:
+    """Half the squared error and the absolute error, over all numbers of a row; NaN targets are padding."""
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], requires_grad=True)
+    y = torch.tensor([[0.0, 0.0], [torch.nan, torch.nan], [5.0, 8.0]])
+    out = regression(x, y)
+    assert out.total.item() == (1 + 4 + 0 + 4) / 2 and out.parts["abs_error"].item() == 1 + 2 + 0 + 2
+    assert torch.autograd.grad(out.total, x)[0].tolist() == [[1, 2], [0, 0], [0, -2]]
+
+
+def test_no_rows_at_all() -> None:
+    """B8: a micro-batch of padding gives zero, and a gradient."""
+    x = torch.ones(2, 3, requires_grad=True)
+    for out in (classification(x, torch.full((2,), IGNORE)), regression(x, torch.full((2, 3), torch.nan))):
+        assert out.total.item() == 0 and not torch.autograd.grad(out.total, x)[0].any()

@@ -292,7 +292,7 @@ def test_loading_a_checkpoint_runs_nothing(trained: Path) -> None:
     code = """
 import json, sys
 from pathlib import Path
-from llmkit.model.hf import load_model
+from llmkit.model.weights import load_model
 from llmkit.storage import newest_good
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.checkpoint import load
@@ -312,3 +312,23 @@ print(json.dumps(seen))
 """
     done = subprocess.run([sys.executable, "-c", code, str(trained)], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_a_hub_name_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real loading code on a cache laid out as the hub's client lays it out; without network."""
+    revision = "0123456789012345678901234567890123456789"
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(revision)
+    snapshot = repo / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("someone/tiny") == snapshot
+    with pytest.raises(UserError, match=r"^someone/other: no such folder, nor can it be loaded from the hub: .*"):
+        resolve_model("someone/other")
+    (tmp_path / "someone").mkdir()
+    with pytest.raises(UserError, match=r"^someone/tiny: no such folder: give"):
+        resolve_model("someone/tiny")

@@ -9,8 +9,9 @@ from llmkit.config import UserError
 from llmkit.model.config import count_params
 from llmkit.model.gpt import GPT
 from llmkit.model.heads import SequenceClassifier
-from llmkit.model.hf import checkpoint_shapes, misfits, read_config, read_labels, read_tensors, shapes_of, weight_files
+from llmkit.model.hf import read_config, read_labels
 from llmkit.model.layouts import canonical_names
+from llmkit.model.weights import checkpoint_shapes, misfits, read_tensors, shapes_of, weight_files
 from llmkit.storage import MANIFEST, Damaged, checkpoints_of, verify
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from llmkit.config import MachineError
-from llmkit.model.hf import read_tensors
+from llmkit.model.weights import read_tensors
 from llmkit.storage import Draft, machine_errors, retain, step_name, to_json, why
 
 MAX_SHARD_BYTES = 5_000_000_000
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -31,17 +31,25 @@ Tensors = dict[str, Tensor]
 def safetensors_chunks(tensors: Tensors) -> Iterator[bytes | memoryview]:
     """A safetensors file, piece by piece: no second copy in memory, and every write passes through `storage`.
 
-    Format: https://github.com/huggingface/safetensors#format. Tensors lie on the CPU.
+    Tensors lie on the CPU.
+    """
+    return safetensors_stream(tensors, tensors.values())
+
+
+def safetensors_stream(like: Tensors, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    """The same of tensors that are made one at a time, with names, shapes and dtypes as in `like`, in its order.
+
+    Format: https://github.com/huggingface/safetensors#format.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, t in tensors.items():
+    for name, t in like.items():
         start, end = end, end + t.numel() * t.element_size()
-        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for t in tensors.values():
+    for t in tensors:
         yield t.contiguous().reshape(-1).view(torch.uint8).numpy().data if t.numel() else b""
 
 
@@ -114,7 +122,7 @@ class Checkpointer:
 
     def save(
         self, step: int, tensors: dict[str, Tensors], blobs: dict[str, bytes], facts: dict[str, Any],
-        best: int | None = None, wait: bool = False,
+        keep_also: Collection[int] = (), wait: bool = False,
     ) -> None:  # fmt: skip
         """Saves one checkpoint.
 
@@ -123,7 +131,7 @@ class Checkpointer:
             tensors: file name -> tensors, on any device; copied before this returns.
             blobs: file name -> content of the small files.
             facts: goes into the manifest.
-            best: a step whose checkpoint is kept whatever its age.
+            keep_also: steps whose checkpoints are kept whatever their age.
             wait: returns only when the checkpoint is on disk.
 
         Raises:
@@ -132,10 +140,12 @@ class Checkpointer:
         self.wait()
         self._snapshot(tensors)
         if self.asynchronous and not wait:
-            self._thread = threading.Thread(target=self._write_safely, args=(step, blobs, facts, best), name="save")
+            self._thread = threading.Thread(
+                target=self._write_safely, args=(step, blobs, facts, keep_also), name="save"
+            )
             self._thread.start()
         else:
-            self._write(step, blobs, facts, best)
+            self._write(step, blobs, facts, keep_also)
 
     @torch.no_grad()
     def _snapshot(self, tensors: dict[str, Tensors]) -> None:
@@ -157,7 +167,7 @@ class Checkpointer:
         except BaseException as e:  # handed to the training thread, which raises it
             self._error = e
 
-    def _write(self, step: int, blobs: dict[str, bytes], facts: dict[str, Any], best: int | None) -> None:
+    def _write(self, step: int, blobs: dict[str, bytes], facts: dict[str, Any], keep_also: Collection[int]) -> None:
         files = dict(self._buffers)
         shards = shard("model.safetensors", files.pop("model.safetensors"))
         if len(shards) > 1:
@@ -187,7 +197,7 @@ class Checkpointer:
                 draft.discard()
             raise
         with machine_errors(final.parent):
-            retain(self.run, self.keep, best)
+            retain(self.run, self.keep, keep_also)
 
 
 def non_finite(tensors: dict[str, Tensors]) -> list[str]:

@@ -52,6 +52,8 @@ class OptimConfig(Config):
     """wsd: straight, or 1 - sqrt(progress) (Haegele et al. 2024, arXiv 2405.18392)."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keeps an exponential moving average of the weights with this decay per step."""
+    ema_warmup: bool = False
+    """The average's decay is min(ema_decay, (1 + step) / (10 + step)): early on it follows the weights more closely."""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> OptimConfig:
@@ -59,6 +61,8 @@ class OptimConfig(Config):
             raise ValueError("give warmup_steps or warmup_frac, not both")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must lie in [0, 1) (got {list(self.betas)})")
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("ema_warmup is set but ema_decay is not: no average is kept")
         return self
 
     def warmup(self, total_steps: int) -> int:
@@ -86,10 +90,14 @@ class EvalConfig(Config):
     """Steps between evaluations; also before the first and after the last step. null: never."""
     max_tokens: int | None = Field(None, ge=1)
     """Evaluates on the first tokens only. Default: the whole split."""
+    metric: str = Field("valid/loss", min_length=1)
+    """The number that early stopping and keep_best look at, as it is called in metrics.jsonl."""
+    better: Literal["lower", "higher"] = "lower"
+    """Which way that number improves: higher for an accuracy."""
     patience: int | None = Field(None, ge=1)
-    """Stops after this many evaluations in a row without a better validation loss."""
+    """Stops after this many evaluations in a row without a better metric."""
     min_delta: float = Field(0.0, ge=0)
-    """How much lower, in nats, counts as better."""
+    """How much better counts as better, in the metric's unit: nats for a loss."""
     weights: Literal["model", "ema"] = "model"
     """Which weights are evaluated."""
     samples: SampleConfig = SampleConfig()
@@ -104,7 +112,7 @@ class SaveConfig(Config):
     keep: int = Field(3, ge=1)
     """The newest checkpoints that stay."""
     keep_best: bool = True
-    """The one with the best validation loss stays too."""
+    """The one with the best eval.metric stays too."""
     asynchronous: bool = True
     """Files are written while training goes on."""
 
@@ -118,8 +126,47 @@ class LogConfig(Config):
     """Writes tensorboard/ where TensorBoard is installed."""
     plot: bool = True
     """Draws plots/loss.png at the end where Matplotlib is installed."""
+    norms_every: int | None = Field(None, ge=1)
+    """Steps between the norms of gradient, weights and update of every layer in metrics.jsonl. null: never."""
+    gradient_noise: bool = False
+    """Estimates the gradient noise scale, in tokens, at every step; needs two micro-batches or ranks."""
     profile_steps: tuple[int, int] | None = None
     """Profiles steps [first, last) with torch.profiler into profile/."""
+
+
+class GuardConfig(Config):
+    """What is done about a step whose loss or gradient norm is far above those of the last steps, or not finite."""
+
+    action: Literal["none", "stop", "skip", "rollback"] = "none"
+    """stop: ends the run. skip: leaves that update out. rollback: goes back to a checkpoint and leaves its data out.
+    none: looks at nothing; a number that is not finite ends the run."""
+    loss_z: float | None = Field(6.0, gt=0)
+    """Deviations (1.4826 MAD) above the median of the window from which on a loss is refused; null: never."""
+    grad_norm_z: float | None = Field(10.0, gt=0)
+    """The same for the logarithm of the gradient norm before the clip."""
+    window: int = Field(128, ge=8, le=1 << 16)
+    """Accepted steps that a new one is compared with."""
+    warmup: int = Field(64, ge=4)
+    """Accepted steps before the comparison begins."""
+    max_loss: float | None = Field(None, gt=0)
+    """Refuses a loss above this, from the first step on."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Refuses a gradient norm above this, from the first step on."""
+    back: int = Field(100, ge=0)
+    """rollback: to the newest checkpoint of the recipe's that is at least so many steps old; where there is none yet,
+    the update is skipped."""
+    beyond: int = Field(0, ge=0)
+    """rollback: steps' worth of data that is left out after that of the refused step."""
+    max_in_a_row: int = Field(3, ge=1)
+    """So many may be refused before a step beyond the last refused one is accepted; the next ends the run."""
+    max_total: int = Field(20, ge=1)
+    """So many may be refused in a run; the next ends it."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> GuardConfig:
+        if self.warmup > self.window:
+            raise ValueError(f"warmup ({self.warmup}) is above window ({self.window}): it would never end")
+        return self
 
 
 class RunConfig(Config):
@@ -138,6 +185,9 @@ class RunConfig(Config):
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: names, their beginnings up to a dot, or globs: layers.0-3, embed_tokens, *norm*."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds initial weights, data order, dropout and samples."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -159,6 +209,12 @@ class RunConfig(Config):
     def _weights_exist(self) -> RunConfig:
         if self.eval.weights == "ema" and self.optim.ema_decay is None:
             raise ValueError("eval.weights is ema but optim.ema_decay is not set: no average is kept")
+        return self
+
+    @model_validator(mode="after")
+    def _rollback_has_checkpoints(self) -> RunConfig:
+        if self.guard.action == "rollback" and self.save_every is None:
+            raise ValueError("guard.action is rollback but neither save.every nor eval.every is set: no way back")
         return self
 
     @property

@@ -13,7 +13,7 @@ import hashlib
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from llmkit.config import TrainingStopped, UserError
 from llmkit.losses import LossSum
 from llmkit.training.config import RunConfig
 from llmkit.training.dist import Ranks
-from llmkit.training.optim import Optimizer, learning_rate, load_named
+from llmkit.training.guard import Guard
+from llmkit.training.norms import LayerNorms, NoiseScale
+from llmkit.training.optim import Optimizer, check_named, copy_named, ema_decay, learning_rate
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 Metrics = dict[str, float]
@@ -40,17 +42,31 @@ class MicroBatch(Protocol):
 LossFn = Callable[[nn.Module, Any], LossSum]
 
 
-class NonFinite(TrainingStopped):
-    """Loss or gradient is NaN or infinite; nothing was updated. `tensors` names the parameters with such gradients."""
+class Refused(TrainingStopped):
+    """A step that was not made: nothing was updated. Raised, or kept in `Engine.refused` where the run goes on."""
 
-    def __init__(self, step: int, metrics: Metrics, tensors: list[str], batches: Sequence[Any] = ()):
-        self.step, self.metrics, self.tensors, self.batches = step, metrics, tensors, batches
+    folder: ClassVar[str]  # of the run: where the batch that did it is kept
+
+    def __init__(self, step: int, metrics: Metrics, why: str, tensors: Sequence[str] = (), batches: Sequence[Any] = ()):
+        self.step, self.metrics, self.tensors, self.batches = step, metrics, list(tensors), batches
+        super().__init__(f"step {step}: {why}")
+
+
+class NonFinite(Refused):
+    """Loss or gradient is NaN or infinite. `tensors` names the parameters with such gradients."""
+
+    folder = "nonfinite"
+
+    def __init__(self, step: int, metrics: Metrics, tensors: Sequence[str] = (), batches: Sequence[Any] = ()):
         shown = ", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
-        super().__init__(
-            f"step {step}: "
-            + ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
-            + (f" in {shown}" if shown else "")
-        )
+        why = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
+        super().__init__(step, metrics, why + (f" in {shown}" if shown else ""), tensors, batches)
+
+
+class Spike(Refused):
+    """The guard's thresholds were passed. `tensors` names the parameters with the largest gradients."""
+
+    folder = "spikes"
 
 
 def keep_freed_memory() -> None:
@@ -80,7 +96,9 @@ class Engine:
         """
         self.config = config
         self.ranks = ranks or Ranks()
-        self.step = 0  # updates made so far
+        self.step = 0  # steps made so far
+        self.windows_skipped = 0  # of the data, each what one step would have seen: a rollback leaves them out
+        self.stats: dict[str, Tensor] = {}  # of the last step: `LossSum.stats` summed over micro-batches and ranks
         self.dtype = PRECISIONS[config.precision]
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.module = module.to(device=self.ranks.device, dtype=wide)
@@ -99,12 +117,18 @@ class Engine:
         self.optimizer = Optimizer(config.optim, self.masters, self.module)
         self.ema = {n: t.clone() for n, t in self.masters.items()} if config.optim.ema_decay else {}
         self.loss_scale, self.good_steps = (2.0**16 if config.precision == "fp16" else 1.0), 0
+        self.guard = Guard(config.guard, config.save_every) if config.guard.action != "none" else None
+        self.refused: list[Refused] = []  # what the guard has left out, for the loop to tell of and to clear
+        self.noise = NoiseScale(self.ranks) if config.log.gradient_noise else None
+        self.watched: Metrics = {}  # numbers of the last step that only the log wants: norms of layers, the noise
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         """Moves a gradient into the flat buffer as soon as autograd has it, and frees it."""
 
         def collect(p: Tensor) -> None:
             assert p.grad is not None
+            if self.noise is not None:
+                self.noise.see(p.grad)
             if self._first[name]:
                 self.grads[name].copy_(p.grad)
                 self._first[name] = False
@@ -129,14 +153,18 @@ class Engine:
             and `denominator`.
 
         Raises:
-            NonFinite: if loss or gradient is not finite on any rank: raised on all of them, before the update.
+            Refused: if loss or gradient is not finite on any rank, or the guard objects: raised on all of them, before
+                the update. Where the recipe says skip, the step counts, changes nothing, and has the metric `skipped`.
             UserError: if nothing in the whole step is trained on.
         """
         (denominator,) = self.ranks.sum_numbers(sum(b.denominator for b in batches))
         if denominator <= 0:
             raise UserError(f"step {self.step + 1}: no position of the batch is trained on")
-        self._first = dict.fromkeys(self._first, True)
+        if self.noise is not None:
+            self.noise.begin(batches)
+        self._first, self.watched = dict.fromkeys(self._first, True), {}
         parts: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
         sums_dtype = torch.float32 if self.ranks.device.type == "mps" else torch.float64  # MPS has no fp64
         self.module.train()
         for i, batch in enumerate(batches):
@@ -144,29 +172,72 @@ class Engine:
             torch.manual_seed(seed_of(self.config.seed, "dropout", self.step, i, self.ranks.rank))
             out = loss_fn(self.module, batch.to(self.ranks.device))
             (out.total * (self.loss_scale / denominator)).backward()
+            if self.noise is not None:
+                self.noise.end_micro(batch.denominator)
             for name, value in out.parts.items():
                 value = value.detach().to(sums_dtype)
                 parts[name] = parts[name] + value if name in parts else value
+            for name, value in out.stats.items():
+                value = value.detach().to(sums_dtype if value.is_floating_point() else torch.int64)
+                stats[name] = stats[name] + value if name in stats else value
         for name, untouched in self._first.items():
             if untouched:  # no micro-batch of this rank reached the parameter
                 self.grads[name].zero_()
         self.ranks.sum_(self.flat_grad)
+        self.stats = {name: self.ranks.sum_(value.contiguous()) for name, value in stats.items()}
         sums = self.ranks.sum_numbers(*(v.item() for v in parts.values()))
         metrics: Metrics = {name: s / denominator for name, s in zip(parts, sums, strict=True)}
         metrics["grad_norm"] = torch.linalg.vector_norm(self.flat_grad).item() / self.loss_scale
         metrics["lr"] = learning_rate(self.config.optim, self.step, self.config.steps)
         metrics["denominator"] = denominator
-        if not all(math.isfinite(v) for v in metrics.values()):
-            if self.config.precision == "fp16" and math.isfinite(metrics["loss"]) and self.loss_scale > 1:
-                self.loss_scale, self.good_steps = self.loss_scale / 2, 0  # an overflow of the scaled gradient
-                return {**metrics, "grad_norm": 0.0, "overflow": 1.0, **self._finish_step()}
-            bad = [n for n, g in self.grads.items() if not g.isfinite().all()]
-            raise NonFinite(self.step + 1, metrics, bad, batches)
-        if accept is None or accept(metrics):
+        finite = all(math.isfinite(v) for v in metrics.values())
+        if not finite and self.config.precision == "fp16" and math.isfinite(metrics["loss"]) and self.loss_scale > 1:
+            self.loss_scale, self.good_steps = self.loss_scale / 2, 0  # an overflow of the scaled gradient
+            return {**metrics, "grad_norm": 0.0, "overflow": 1.0, **self._finish_step()}
+        if finite and self.guard is not None:
+            metrics |= self.guard.scores(metrics["loss"], metrics["grad_norm"])
+        failure = self._objection(metrics, batches) if finite else self._non_finite(metrics, batches)
+        if failure is not None:
+            self._leave_out(failure)
+            metrics["skipped"] = 1.0
+        elif accept is None or accept(metrics):
+            if self.noise is not None:
+                self.watched |= self.noise.update(denominator, metrics["grad_norm"] ** 2, self.loss_scale / denominator)
             self._apply(metrics)
+            if self.guard is not None:
+                self.guard.accept(self.step + 1, metrics["loss"], metrics["grad_norm"])
         return {**metrics, **self._finish_step()}
 
+    def _non_finite(self, metrics: Metrics, batches: Sequence[Any]) -> Refused:
+        return NonFinite(self.step + 1, metrics, [n for n, g in self.grads.items() if not g.isfinite().all()], batches)
+
+    def _objection(self, metrics: Metrics, batches: Sequence[Any]) -> Refused | None:
+        """What the guard says of this step. A collective: if one rank objects, all do."""
+        if self.guard is None:
+            return None
+        why = self.guard.objection(metrics)
+        if not self.ranks.any(why is not None):
+            return None
+        norms = torch.stack(torch._foreach_norm(list(self.grads.values())))
+        largest = [list(self.grads)[i] for i in norms.argsort(descending=True)[:5].tolist()]
+        return Spike(self.step + 1, metrics, why or "another rank objects", largest, batches)
+
+    def _leave_out(self, failure: Refused) -> None:
+        """Notes that the step is skipped; raises the failure if it is not to be, or not any more."""
+        guard = self.guard
+        if guard is None or guard.config.action == "stop":
+            raise failure
+        if guard.config.action == "rollback" and guard.target(self.step) > 0:
+            raise failure  # the loop goes back
+        guard.check_budget(failure)
+        window = self.data_step
+        guard.refuse({"step": failure.step, "action": "skip", "why": str(failure), "data": [window, window + 1]})
+        self.refused.append(failure)
+
     def _apply(self, metrics: Metrics) -> None:
+        every = self.config.log.norms_every
+        due = every is not None and (self.step + 1) % every == 0
+        norms = LayerNorms(self.masters, self.grads, self.loss_scale) if due else None
         clip, norm = self.config.optim.clip, metrics["grad_norm"]
         factor = (clip / norm if clip is not None and norm > clip else 1.0) / self.loss_scale
         if factor != 1.0:
@@ -174,8 +245,10 @@ class Engine:
         self.optimizer.step(self.grads, metrics["lr"])
         self._publish()
         if self.ema:
-            decay = self.config.optim.ema_decay or 0.0
+            decay = ema_decay(self.config.optim, self.step)
             torch._foreach_lerp_(list(self.ema.values()), list(self.masters.values()), 1 - decay)
+        if norms is not None:
+            self.watched |= norms.metrics()
         self.good_steps += 1
         if self.config.precision == "fp16" and self.good_steps % 2000 == 0:
             self.loss_scale = min(self.loss_scale * 2, 2.0**24)
@@ -183,6 +256,11 @@ class Engine:
     def _finish_step(self) -> Metrics:
         self.step += 1
         return {"loss_scale": self.loss_scale} if self.config.precision == "fp16" else {}
+
+    @property
+    def data_step(self) -> int:
+        """Which step's data comes next: the step itself, and on from it as many windows as rollbacks have left out."""
+        return self.step + self.windows_skipped
 
     @torch.no_grad()
     def _publish(self, weights: dict[str, Tensor] | None = None) -> None:
@@ -211,8 +289,12 @@ class Engine:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that changes during training, by file: views, to be copied before the next update."""
-        files: dict[str, dict[str, Tensor]] = {"model.safetensors": {**dict(self.module.named_parameters())}}
+        """Everything that makes the model and its training, by file: to be copied before the next update.
+
+        The model under the names and in the layout of its `state_dict`, which is what Hugging Face's class expects;
+        optimizer, masters and average under our own parameters' names. Views, but where a layout must be converted.
+        """
+        files: dict[str, dict[str, Tensor]] = {"model.safetensors": _without_aliases(self.module.state_dict())}
         files["trainer_state/optimizer.safetensors"] = self.optimizer.state_dict()
         if self.dtype != self.flat_grad.dtype:
             files["trainer_state/master.safetensors"] = self.masters
@@ -222,7 +304,14 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """The numbers that change during training."""
-        return {"step": self.step, "loss_scale": self.loss_scale, "good_steps": self.good_steps}
+        return {
+            "step": self.step,
+            "windows_skipped": self.windows_skipped,
+            "loss_scale": self.loss_scale,
+            "good_steps": self.good_steps,
+            "guard": None if self.guard is None else self.guard.state(),
+            "noise": None if self.noise is None else self.noise.state(),
+        }
 
     @torch.no_grad()
     def load(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -231,5 +320,33 @@ class Engine:
         if odd := sorted(own.keys() ^ tensors.keys()):
             raise ValueError(f"{odd[0]}: in {'this run' if odd[0] in own else 'the checkpoint'} only")
         for file, mine in own.items():
-            load_named(mine, tensors[file], file)
-        self.step, self.loss_scale, self.good_steps = state["step"], state["loss_scale"], state["good_steps"]
+            check_named(mine, tensors[file], file)
+        for file, mine in own.items():
+            if file != "model.safetensors":
+                copy_named(mine, tensors[file])
+        whole = self.module.state_dict()
+        kept = {_place(t): name for name, t in _without_aliases(whole).items()}
+        given = tensors["model.safetensors"]
+        self.module.load_state_dict({n: given[n if n in given else kept[_place(t)]] for n, t in whole.items()})
+        self.step, self.windows_skipped = state["step"], state["windows_skipped"]
+        self.loss_scale, self.good_steps = state["loss_scale"], state["good_steps"]
+        if self.guard is not None and state["guard"] is not None:
+            self.guard.load(state["guard"])
+        if self.noise is not None and state["noise"] is not None:
+            self.noise.load(state["noise"])
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    """The same for two tensors exactly if they are the same numbers in memory."""
+    return t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
+def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in which a tensor that has two names (tied weights) is there once, under the first."""
+    places: set[tuple[Any, ...]] = set()
+    kept = {}
+    for name, t in state.items():
+        if t.numel() == 0 or _place(t) not in places:
+            places.add(_place(t))
+            kept[name] = t
+    return kept

@@ -109,6 +109,9 @@ class RunLog:
         """Goes back to what a checkpoint says was written, so that no step is ever logged twice."""
         if not self.active:
             return
+        if self._board is not None:  # a new one begins by discarding what lies beyond its first step
+            self._board.close()
+            self._board = None
         for lines in (self.metrics_file, self.samples_file):
             keep = lengths.get(lines.path.name, 0)
             if lines.length < keep:
@@ -124,6 +127,12 @@ class RunLog:
         """The live line: on a terminal only, so that log files don't fill with carriage returns."""
         if self.active and sys.stderr.isatty():
             self.bar = tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True, file=sys.stderr, smoothing=0.05)
+
+    def rewind(self, step: int) -> None:
+        """The live line goes back to a step."""
+        if self.bar is not None:
+            self.bar.n = step
+            self.bar.refresh()
 
     def advance(self, shown: str) -> None:
         if self.bar is not None:

@@ -9,23 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import platform
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmkit.config import Interrupted, UserError, dump, flatten
 from llmkit.plan import peak_flops
 from llmkit.storage import (
+    Damaged,
     checkpoints_of,
     machine_errors,
     newest_good,
@@ -33,98 +29,29 @@ from llmkit.storage import (
     require_free,
     run_lock,
     set_aside,
+    step_of,
     sweep,
     to_json,
+    trash,
+    verify,
     write_file,
 )
 from llmkit.training import checkpoint
 from llmkit.training.checkpoint import Checkpointer, safetensors_chunks
 from llmkit.training.config import RunConfig
-from llmkit.training.dist import Ranks, connect
-from llmkit.training.engine import Engine, Metrics, NonFinite, keep_freed_memory
+from llmkit.training.dist import connect
+from llmkit.training.engine import Engine, Metrics, NonFinite, Refused, keep_freed_memory
+from llmkit.training.freeze import freeze
 from llmkit.training.log import RunLog, plot_curves
+from llmkit.training.meter import Meter, environment
 from llmkit.training.optim import tensor_bytes
+from llmkit.training.task import Context, Outcome, Stop, Task
 
+__all__ = ["Context", "Outcome", "Stop", "Task", "train"]
+
+STATE = "trainer_state/state.json"
 # Keys that may differ on resume without a word: they change neither the samples nor what is optimised.
 _FREE_KEYS = ("out", "stop_at", "allow_changes", "save.", "log.", "eval.samples.", "data.workers", "data.cache_dir")
-
-
-class Outcome(Enum):
-    """How `train` ended."""
-
-    FINISHED = "finished"
-    PAUSED = "paused"  # stop_at was reached
-    PREEMPTED = "preempted"  # a signal; the state is saved
-
-
-class Stop:
-    """Set by SIGTERM, SIGINT and SIGUSR1. Signals only set it: whoever works looks at it where it is safe to stop."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        def note(number: int, _: Any) -> None:
-            self.signal = signal.Signals(number).name
-
-        old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for s, handler in old.items():
-                signal.signal(s, handler)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a task may use of its surroundings."""
-
-    config: RunConfig
-    out: Path
-    ranks: Ranks
-    log: RunLog
-    stop: Stop
-
-    def should_stop(self) -> bool:
-        """Whether this process was asked to stop. Cheap; poll it in long work that is done by one rank."""
-        return bool(self.stop)
-
-    def all_should_stop(self) -> bool:
-        """Whether any rank was asked to stop. A collective: all ranks call it at the same point."""
-        return self.ranks.any(bool(self.stop))
-
-
-class Task(Protocol):
-    """What a stage is to the loop."""
-
-    flops_per_token: float
-
-    def prepare(self, ctx: Context) -> None:
-        """Long work before step 1: idempotent, resumable; raises Interrupted if asked to stop."""
-
-    def build(self, ctx: Context) -> nn.Module:
-        """The module with its initial weights."""
-
-    def step(self, engine: Engine, ctx: Context) -> Metrics:
-        """One unit of progress."""
-
-    def evaluate(self, engine: Engine, ctx: Context, split: str) -> Metrics | None:
-        """Metrics of a split ("valid" or "test"); empty if there is none; None if it was asked to stop."""
-
-    def files(self, engine: Engine) -> dict[str, bytes]:
-        """The small files that make a checkpoint a model: config.json, tokenizer and model card."""
-
-    def facts(self) -> dict[str, Any]:
-        """What the manifest should tell of the data: fingerprints and hashes."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The task's own state, JSON."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -132,9 +59,9 @@ class Progress:
     """What the loop itself must remember across a restart."""
 
     evaluated_step: int = -1
-    best_loss: float | None = None  # of all evaluations, for early stopping
+    best: float | None = None  # eval.metric of all evaluations, for early stopping
     bad_evals: int = 0
-    best_saved_loss: float | None = None  # of evaluations at steps that have a checkpoint by the recipe
+    best_saved: float | None = None  # of evaluations at steps that have a checkpoint by the recipe
     best_saved_step: int | None = None
     tokens: float = 0.0
 
@@ -145,7 +72,7 @@ def train(config: RunConfig, task: Task) -> Outcome:
     Raises:
         UserError: for a mistake in the recipe or the data.
         MachineError: for a full disk and the like.
-        NonFinite: when training stopped itself; the batch lies in `nonfinite/`.
+        TrainingStopped: when training stopped itself; the batch lies in `nonfinite/` or `spikes/`.
     """
     out, stop = Path(config.out), Stop()
     with stop.listening(), machine_errors(out):
@@ -185,7 +112,10 @@ def _changed_keys(config: RunConfig, out: Path) -> list[str]:
     if not file.is_file():
         return []
     old, new = flatten(yaml.safe_load(file.read_text("utf-8"))), flatten(yaml.safe_load(dump(config)))
-    differ = [k for k in {**old, **new} if old.get(k) != new.get(k) and not f"{k}.".startswith(_FREE_KEYS)]
+    # Which checkpoints there are decides where a rollback goes.
+    bound = ("save.every",) if config.guard.action == "rollback" else ()
+    free = {k for k in {**old, **new} if f"{k}.".startswith(_FREE_KEYS) and k not in bound}
+    differ = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in differ]
 
 
@@ -214,6 +144,9 @@ class _Run:
             self.log.say(f"stopped by {self._signal} while the data was being prepared: start again to go on")
             return Outcome.PREEMPTED
         module = self.task.build(self.ctx)
+        told = freeze(module, self.config.freeze)
+        if told is not None:
+            self.log.say(told)
         if self.config.compile:
             module.compile()
         self.engine = Engine(module, self.config, self.ranks)
@@ -227,7 +160,7 @@ class _Run:
         except BaseException as e:
             with contextlib.suppress(Exception):  # the error on its way is the one to show
                 self.saver.wait()
-            if isinstance(e, NonFinite):
+            if isinstance(e, Refused):
                 self._dump(e)
             raise
         return self._finish(outcome)
@@ -282,6 +215,16 @@ class _Run:
         for damaged in passed_over:
             self.log.say(f"{damaged} is now {set_aside(damaged).name}")
         folder = self.out / "checkpoints" / name
+        state = self._load(folder)
+        self.log.say(f"resumed from {folder}")
+        if state["world"] != self.ranks.world:
+            self.log.say(
+                f"started on {state['world']} ranks, now {self.ranks.world}: the same samples in the same order, "
+                "equal up to the rounding of sums"
+            )
+
+    def _load(self, folder: Path) -> dict[str, Any]:
+        """Puts everything back to where a checkpoint stands, the logs too; returns its state.json."""
         tensors, state = checkpoint.load(folder)
         try:
             self.engine.load(tensors, state["engine"])
@@ -291,44 +234,111 @@ class _Run:
         self.progress = Progress(**state["progress"])
         self.log.cut(state["log"])
         self.saved_step = self.engine.step
-        self.log.say(f"resumed from {folder}")
-        if state["world"] != self.ranks.world:
-            self.log.say(
-                f"started on {state['world']} ranks, now {self.ranks.world}: the same samples in the same order, "
-                "equal up to the rounding of sums"
-            )
+        return state
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _loop(self) -> Outcome:
-        config, engine = self.config, self.engine
         if self.ranks.is_main:
-            self.saver.reserve(engine.tensors())
-        meter = _Meter(self, peak_flops(self.ranks.device, config.precision))
-        self.log.start_bar(engine.step, config.steps)
+            self.saver.reserve(self.engine.tensors())
+        peak = peak_flops(self.ranks.device, self.config.precision)
+        meter = Meter(self.config, self.log, self.ranks.world, self.task.flops_per_token, peak)
+        self.log.start_bar(self.engine.step, self.config.steps)
         with contextlib.ExitStack() as profiling:
             while True:
-                if self._save_due():
-                    self._save()
-                evaluated = self._evaluate_if_due()
-                stopping = not evaluated or self.ctx.all_should_stop()
-                finished = engine.step >= config.steps or self._plateau()
-                paused = engine.step >= config.last_step
-                if finished or paused or stopping:
-                    self._save()
-                self.saver.poll()
-                if finished and evaluated:
-                    return Outcome.FINISHED
-                if stopping:
-                    return Outcome.PREEMPTED
-                if paused:
-                    return Outcome.PAUSED
-                self._profile(profiling)
-                started = time.perf_counter()
-                metrics = self.task.step(engine, self.ctx)
-                self.progress.tokens += metrics["denominator"]
-                self.log.metrics({"step": engine.step, **{f"train/{k}": v for k, v in metrics.items()}})
-                meter.step(metrics, time.perf_counter() - started)
+                try:
+                    outcome = self._advance(meter, profiling)
+                except Refused as e:
+                    self._roll_back(e)
+                    continue
+                if outcome is not None:
+                    return outcome
+
+    def _advance(self, meter: Meter, profiling: contextlib.ExitStack) -> Outcome | None:
+        """What is due before the next step, and that step; how the run ended if it did."""
+        config, engine = self.config, self.engine
+        if self._save_due():
+            self._save()
+        evaluated = self._evaluate_if_due()
+        stopping = not evaluated or self.ctx.all_should_stop()
+        finished = engine.step >= config.steps or self._plateau()
+        paused = engine.step >= config.last_step
+        if finished or paused or stopping:
+            self._save()
+        self.saver.poll()
+        if finished and evaluated:
+            return Outcome.FINISHED
+        if stopping:
+            return Outcome.PREEMPTED
+        if paused:
+            return Outcome.PAUSED
+        self._profile(profiling)
+        started = time.perf_counter()
+        metrics = self.task.step(engine, self.ctx)
+        for failure in engine.refused:
+            self._dump(failure)
+            self.log.say(f"step {failure.step} was left out")
+        record: dict[str, Any] = {"step": engine.step, **{f"train/{k}": v for k, v in metrics.items()}}
+        if engine.refused:
+            record = {k: v for k, v in record.items() if math.isfinite(v)}
+            record["guard"] = engine.guard and engine.guard.events[-1]
+            engine.refused = []
+        else:
+            self.progress.tokens += metrics["tokens"]
+        self.log.metrics({**record, **engine.watched})
+        meter.step(engine.step, metrics, time.perf_counter() - started)
+        return None
+
+    def _roll_back(self, failure: Refused) -> None:
+        """Goes back to a checkpoint and leaves out the data from there to the failure; raises the failure if it must.
+
+        All that decides is saved or a function of the recipe. A run that is killed before it has saved again comes to
+        the same failure once more, and does the same.
+        """
+        engine, guard = self.engine, self.engine.guard
+        if guard is None or guard.config.action != "rollback" or not guard.target(engine.step):
+            raise failure
+        guard.check_budget(failure)
+        self.saver.wait()
+        window = engine.data_step + 1 + guard.config.beyond
+        name = self.ranks.from_main(self._way_back(guard.target(engine.step)) if self.ranks.is_main else None)
+        if name is None:
+            raise failure
+        self._dump(failure)
+        if self.ranks.is_main:
+            for folder in checkpoints_of(self.out):
+                if folder.name > name:
+                    trash(folder)  # they are of a course that is given up; newest first, so that what is left is whole
+        refused = guard.state()
+        state = self._load(self.out / "checkpoints" / name)
+        first, known = engine.data_step, state["engine"]["guard"]
+        guard.remember(refused)
+        guard.refuse(
+            {
+                "step": failure.step,
+                "action": "rollback",
+                "why": str(failure),
+                "to": engine.step,
+                "data": [first, window],
+            }
+        )
+        engine.windows_skipped = window - engine.step
+        for event in guard.events[len(known["events"]) if known else 0 :]:  # what was in the log of them was cut off
+            self.log.metrics({"step": engine.step, "guard": event})
+        self.log.say(f"back to step {engine.step}, without the data of {window - first} steps")
+        self.log.rewind(engine.step)
+
+    def _way_back(self, target: int) -> str | None:
+        """The good checkpoint of the target step; if it is damaged, the newest before it that the recipe asked for."""
+        every = self.config.save_every or 1
+        for folder in checkpoints_of(self.out):
+            if step_of(folder) <= target and step_of(folder) % every == 0:
+                try:
+                    verify(folder)
+                    return folder.name
+                except Damaged as e:
+                    self.log.say(f"warning: {folder} was passed over: {e}")
+        return None
 
     def _evaluate_if_due(self) -> bool:
         """Evaluates where the recipe says so. False if a signal cut it short: it is then done again on resume."""
@@ -343,11 +353,15 @@ class _Run:
         if not metrics:
             return True
         self._record_evaluation(metrics)
-        loss, progress = metrics["valid/loss"], self.progress
-        if self._save_due() and (progress.best_saved_loss is None or loss < progress.best_saved_loss):
-            progress.best_saved_loss, progress.best_saved_step = loss, step
-        if progress.best_loss is None or loss < progress.best_loss - self.config.eval.min_delta:
-            progress.best_loss, progress.bad_evals = loss, 0
+        config, progress = self.config.eval, self.progress
+        if config.metric not in metrics:
+            raise UserError(f"eval.metric: '{config.metric}' is not evaluated: choose one of {', '.join(metrics)}")
+        sign = 1.0 if config.better == "lower" else -1.0
+        now = metrics[config.metric]
+        if self._save_due() and (progress.best_saved is None or sign * now < sign * progress.best_saved):
+            progress.best_saved, progress.best_saved_step = now, step
+        if progress.best is None or sign * now < sign * progress.best - config.min_delta:
+            progress.best, progress.bad_evals = now, 0
         else:
             progress.bad_evals += 1
         return True
@@ -373,9 +387,12 @@ class _Run:
         if step in (0, self.saved_step):
             return
         started = time.perf_counter()
-        if bad := checkpoint.non_finite(self.engine.tensors()):
+        tensors, guard = self.engine.tensors(), self.engine.guard
+        if bad := checkpoint.non_finite(tensors):
             raise NonFinite(step, {"weights": math.nan}, bad)
         self.saved_step = step
+        if guard is not None and self._save_due():
+            guard.note_save(step)
         if not self.ranks.is_main:
             return
         state = {
@@ -385,15 +402,29 @@ class _Run:
             "log": self.log.lengths(),
             "world": self.ranks.world,
         }
-        blobs = {**self.task.files(self.engine), "trainer_state/state.json": to_json(state).encode()}
+        blobs = {**self.task.files(self.engine), STATE: to_json(state).encode()}
         facts = {
             "world_size": self.ranks.world,
             "run": self.out.name,
             "recipe": flatten(json.loads(self.config.model_dump_json())),
         }
-        best = progress.best_saved_step if self.config.save.keep_best else None
-        self.saver.save(step, self.engine.tensors(), blobs, {**facts, **self.task.facts()}, best)
+        if guard is not None:
+            facts["refused"] = guard.events
+        self.saver.wait()  # what is needed is a question to the disk
+        self.saver.save(step, tensors, blobs, {**facts, **self.task.facts()}, self._needed())
         self.log.timing({"step": step, "save_blocked_s": round(time.perf_counter() - started, 4)})
+
+    def _needed(self) -> set[int]:
+        """The steps whose checkpoints stay whatever their age: the best, and what a rollback may go to."""
+        keep_best, best = self.config.save.keep_best, {self.progress.best_saved_step}
+        needed = set()
+        if self.engine.guard is not None and self.config.guard.action == "rollback":
+            for folder in checkpoints_of(self.out):
+                if step_of(folder) >= self.engine.guard.floor and step_of(folder) % (self.config.save_every or 1) == 0:
+                    needed.add(step_of(folder))
+                    with contextlib.suppress(OSError, ValueError):  # a damaged one has no best
+                        best.add(json.loads((folder / STATE).read_bytes())["progress"]["best_saved_step"])
+        return needed | {step for step in best if keep_best and step is not None}
 
     def _profile(self, stack: contextlib.ExitStack) -> None:
         steps = self.config.log.profile_steps
@@ -430,10 +461,10 @@ class _Run:
             self.log.say(f"stop_at: step {step} of {self.config.steps}, saved")
         elif self.ranks.is_main:
             if self._plateau():
-                bad = self.progress.bad_evals
-                self.log.say(f"no better validation loss in {bad} evaluations: stopped at step {step}")
+                bad, metric = self.progress.bad_evals, self.config.eval.metric
+                self.log.say(f"no better {metric} in {bad} evaluations: stopped at step {step}")
             self.log.sync()
-            self._mark("DONE", {"step": step, "best_valid_loss": self.progress.best_loss})
+            self._mark("DONE", {"step": step, "metric": self.config.eval.metric, "best": self.progress.best})
         if self.ranks.is_main and self.config.log.plot and outcome is not Outcome.PREEMPTED:
             plot_curves(self.out, self.out.name)
         return outcome
@@ -446,9 +477,9 @@ class _Run:
         if self.ranks.is_main:
             replace_file(self.out / name, to_json(content or {}))
 
-    def _dump(self, error: NonFinite) -> None:
+    def _dump(self, error: Refused) -> None:
         """Keeps the batch that did it, each rank its own part."""
-        folder = self.out / "nonfinite"
+        folder = self.out / error.folder
         folder.mkdir(exist_ok=True)
         stem = f"step-{error.step:08d}-rank{self.ranks.rank}"
         tensors = {
@@ -458,52 +489,11 @@ class _Run:
             if isinstance(t, Tensor)
         }
         write_file(folder / f"{stem}.safetensors", safetensors_chunks(tensors))
-        told = {"step": error.step, "metrics": {k: str(v) for k, v in error.metrics.items()}, "tensors": error.tensors}
+        told = {
+            "step": error.step,
+            "why": str(error),
+            "metrics": {k: str(v) for k, v in error.metrics.items()},
+            "tensors": error.tensors,
+        }
         write_file(folder / f"{stem}.json", [to_json(told).encode()])
         self.log.say(f"{error}; the batch is kept in {folder}")
-
-
-class _Meter:
-    """Speed of the steps themselves: on the live line, in timing.jsonl, and as plain lines every `log.every` steps."""
-
-    def __init__(self, run: _Run, peak: float | None):
-        self.run, self.peak = run, peak
-        self.seconds, self.tokens, self.steps = 0.0, 0.0, 0
-        self.speed = ""
-
-    def step(self, metrics: Metrics, seconds: float) -> None:
-        run, step = self.run, self.run.engine.step
-        self.tokens += metrics["denominator"]
-        self.seconds += seconds
-        self.steps += 1
-        loss = f"loss {metrics['loss']:.4f}"
-        if step % run.config.log.every == 0 or step == run.config.last_step:
-            speed = self.tokens / self.seconds
-            record = {"step": step, "step_s": self.seconds / self.steps, "tokens_per_s": speed}
-            self.speed = f" | {speed:,.0f} tok/s"
-            if self.peak and run.task.flops_per_token:
-                record["mfu_pct"] = 100 * speed * run.task.flops_per_token / (self.peak * run.ranks.world)
-                self.speed += f" | MFU {record['mfu_pct']:.1f} %"
-            run.log.timing(record)
-            eta = (run.config.last_step - step) * record["step_s"]
-            details = f"norm {metrics['grad_norm']:.3f} | lr {metrics['lr']:.2e}"
-            run.log.line(f"step {step:6d} | {loss} | {details}{self.speed} | ETA {eta:.0f} s")
-            self.seconds, self.tokens, self.steps = 0.0, 0.0, 0
-        run.log.advance(loss + self.speed)
-
-
-def environment(ranks: Ranks) -> dict[str, Any]:
-    """What the run was made with, for those who must make it again."""
-    packages = {}
-    for name in ("llmkit", "torch", "numpy", "tokenizers", "tiktoken", "datasets", "safetensors"):
-        with contextlib.suppress(PackageNotFoundError):
-            packages[name] = version(name)
-    return {
-        "packages": packages,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(ranks.device),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "world_size": ranks.world,
-    }

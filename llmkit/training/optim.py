@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from llmkit.training.config import OptimConfig
 
-# Output projections are not hidden matrices: Muon's orthogonal updates suit maps between hidden spaces.
-_OUTPUT_HEADS = ("lm_head.weight", "score.weight")
+# Output projections are not hidden matrices: Muon's orthogonal updates suit maps between hidden spaces. The routers of
+# experts are such heads: a row scores one expert, and an orthogonal update would move the row of an expert that few tokens
+# saw as far as any other.
+_OUTPUT_HEADS = ("lm_head.weight", "score.weight", "mlp.gate.weight", "mlp.shared_expert_gate.weight")
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -35,6 +37,15 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         done = min(1.0, max(0.0, (step - (total_steps - decay_steps)) / decay_steps))
         share = 1 - (1 - floor) * (done if config.decay_shape == "linear" else math.sqrt(done))
     return config.lr * share
+
+
+def ema_decay(config: OptimConfig, step: int) -> float:
+    """The decay of the weights' average in update number `step`, counted from 0.
+
+    The warm-up is that of TensorFlow's `ExponentialMovingAverage(num_updates)`.
+    """
+    assert config.ema_decay is not None
+    return min(config.ema_decay, (1 + step) / (10 + step)) if config.ema_warmup else config.ema_decay
 
 
 def decayed_names(module: nn.Module) -> set[str]:
@@ -138,6 +149,10 @@ class Optimizer:
             by_shape.setdefault(g.shape, []).append(i)
         for shape, members in by_shape.items():
             update = orthogonalize(torch.stack([nesterov[i] for i in members]))
+            # Orthogonal is of full size however small the momentum: an expert that no token visited would be moved
+            # by what is left of old gradients, step after step.
+            has_gradient = torch.stack([grads[i].count_nonzero() > 0 for i in members])
+            update = update * has_gradient[:, None, None]
             scale = 0.2 * math.sqrt(max(shape))  # the size of an AdamW update, so that both share one learning rate
             torch._foreach_add_([weights[i] for i in members], list(update.to(weights[0].dtype)), alpha=-lr * scale)
 
@@ -148,7 +163,9 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Fills the state. Raises ValueError unless names and shapes are exactly those of this optimizer."""
-        load_named(self.state_dict(), state, "optimizer state")
+        own = self.state_dict()
+        check_named(own, state, "optimizer state")
+        copy_named(own, state)
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -168,8 +185,8 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def load_named(own: dict[str, Tensor], given: dict[str, Tensor], what: str) -> None:
-    """Copies tensors by name. Raises ValueError naming the first that is missing, unknown or of another shape."""
+def check_named(own: dict[str, Tensor], given: dict[str, Tensor], what: str) -> None:
+    """Raises ValueError naming the first tensor that is missing, unknown or of another shape."""
     for name in [*own, *given]:
         mine, theirs = own.get(name), given.get(name)
         if mine is None or theirs is None or mine.shape != theirs.shape:
@@ -177,6 +194,11 @@ def load_named(own: dict[str, Tensor], given: dict[str, Tensor], what: str) -> N
                 f"{what}: {name}: {'nothing' if theirs is None else tuple(theirs.shape)} is saved, "
                 f"{'nothing' if mine is None else tuple(mine.shape)} is expected"
             )
+
+
+@torch.no_grad()
+def copy_named(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Copies tensors of the same names."""
     for name, tensor in own.items():
         tensor.copy_(given[name])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,58 +16,115 @@ from llmkit.model.gpt import GPT, document_mask
 from llmkit.training.engine import Engine, LossFn, Metrics
 from llmkit.training.loop import Context
 
+LOAD = "expert_load"  # engine.stats: how many tokens each expert of each layer got in the last step
 
-def next_token_loss(z_loss: float, chunk: int) -> LossFn:
-    """Cross entropy of the next token on a batch of packed or padded rows."""
+
+def token_loss(z_loss: float, chunk: int, accuracy: bool = False) -> LossFn:
+    """Cross entropy of a batch's labels on packed or padded rows: the next tokens, or hidden ones.
+
+    With experts, the balance of their load is added (see `model.moe`); its share of the sum is the part `balance`.
+    """
 
     def loss(module: nn.Module, batch: Batch) -> LossSum:
-        mask = None if batch.one_document else document_mask(batch.docs_BT)
-        hidden_BTD = module(batch.ids_BT, batch.positions_BT, mask)
         assert isinstance(module, GPT)
-        return linear_cross_entropy(hidden_BTD, module.head_weight, batch.labels_BT, z_loss, chunk)
+        causal = module.config.causal
+        needs_mask = not (batch.one_document if causal else batch.full)
+        mask = document_mask(batch.docs_BT, causal) if needs_mask else None
+        hidden_BTD = module(batch.ids_BT, batch.positions_BT, mask)
+        out = linear_cross_entropy(hidden_BTD, module.head_weight, batch.labels_BT, z_loss, chunk, accuracy)
+        experts = module.config.experts
+        if experts is None or not module.training:
+            return out
+        assert module.routing is not None
+        balance, load_LE = module.routing.loss(batch.labels_BT != IGNORE)
+        total, parts = out.total, out.parts
+        if experts.balance:
+            total, parts = total + experts.balance * balance.to(total.dtype), {**parts, "balance": balance.detach()}
+        return LossSum(total, parts, {LOAD: load_LE})
 
     return loss
 
 
 def supervised_step(engine: Engine, ctx: Context, loader: RowLoader, loss_fn: LossFn) -> Metrics:
     """One update on the rows of the engine's step; `data_hash` identifies their tokens, whatever the number of ranks."""
-    step = engine.step
-    metrics = engine.update(loader.step(step), loss_fn)
+    step = engine.data_step
+    batches = loader.step(step)
+    metrics = engine.update(batches, loss_fn)
+    (metrics["tokens"],) = ctx.ranks.sum_numbers(sum(b.n_tokens for b in batches))
     metrics["epoch"] = loader.epoch(step + 1)
     metrics["data_hash"] = ctx.ranks.sum_hash(loader.tokens_hash(step))
+    if LOAD in engine.stats:
+        load_LE = engine.stats[LOAD].double()
+        # 1 is an even load; n / n_active, the most: every token at the same experts.
+        metrics["expert_load_max"] = (load_LE.amax(-1) / load_LE.mean(-1)).mean().item()
     return metrics
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Sums over a split, of all ranks."""
+
+    parts: dict[str, float]
+    """Of the loss function's parts."""
+    stats: dict[str, Tensor]
+    """Of its statistics."""
+    n: float
+    """What the loss is divided by: how many labels there are."""
+    n_bytes: float
+    """Bytes of text that the labels stand for."""
+
+    def mean(self, part: str) -> float:
+        """A part per label; NaN where there are no labels."""
+        return self.parts[part] / self.n if self.n else math.nan
+
+
 def held_out(
-    engine: Engine, ctx: Context, loader: RowLoader, loss_fn: LossFn, bytes_of_token: Tensor, max_tokens: int | None
-) -> Metrics | None:
-    """Mean loss over all supervised tokens of a split, perplexity and bits per byte. None if asked to stop.
+    engine: Engine,
+    ctx: Context,
+    loader: RowLoader,
+    loss_fn: LossFn,
+    max_tokens: int | None,
+    bytes_of: Callable[[Any], float] = lambda batch: 0.0,
+) -> HeldOut | None:
+    """Sums of a loss over a split. None if asked to stop.
 
     Args:
         engine: its module is evaluated.
         ctx: for the ranks and the stop flag, which is polled at every batch.
         loader: gives this rank's share of the rows.
-        loss_fn: as in training; its first part is the loss in nats.
-        bytes_of_token: length of each token's text in UTF-8 bytes, 0 for special tokens.
+        loss_fn: as in training.
         max_tokens: only the first so many; null: all.
+        bytes_of: how many bytes of text a batch's labels are.
     """
-    nats, n_tokens, n_bytes = 0.0, 0.0, 0.0
+    parts: dict[str, float] = {}
+    stats: dict[str, Tensor] = {}
+    n, n_bytes = 0.0, 0.0
     with engine.evaluating() as module:
         for batch in loader.eval_batches(max_tokens):
             if ctx.all_should_stop():
                 return None
-            if batch.denominator:
-                batch = batch.to(ctx.ranks.device)
-                nats += loss_fn(module, batch).parts["loss"].item()
-                n_tokens += batch.denominator
-                labels = batch.labels_BT[batch.labels_BT != IGNORE]
-                n_bytes += bytes_of_token.to(labels.device)[labels].sum().item()
-    nats, n_tokens, n_bytes = ctx.ranks.sum_numbers(nats, n_tokens, n_bytes)
-    loss = nats / n_tokens if n_tokens else math.nan
-    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-    if n_bytes:
-        metrics["bits_per_byte"] = nats / math.log(2) / n_bytes
-    return metrics
+            batch = batch.to(ctx.ranks.device)
+            out = loss_fn(module, batch)  # also of a batch of padding, so that all ranks know the same parts
+            for name, value in out.parts.items():
+                parts[name] = parts.get(name, 0.0) + value.item()
+            for name, tensor in out.stats.items():
+                stats[name] = stats[name] + tensor if name in stats else tensor.clone()
+            n += batch.denominator
+            n_bytes += bytes_of(batch)
+    n, n_bytes, *sums = ctx.ranks.sum_numbers(n, n_bytes, *parts.values())
+    for tensor in stats.values():
+        ctx.ranks.sum_(tensor)
+    return HeldOut(dict(zip(parts, sums, strict=True)), stats, n, n_bytes)
+
+
+def label_bytes(lengths_V: Tensor) -> Callable[[Batch], float]:
+    """Counts the bytes of text of a batch's labels; `lengths_V` is from `byte_lengths`."""
+
+    def count(batch: Batch) -> float:
+        labels = batch.labels_BT[batch.labels_BT != IGNORE]
+        return lengths_V.to(labels.device)[labels].sum().item()
+
+    return count
 
 
 def byte_lengths(tokenizer: Any, vocab_size: int) -> Tensor:

@@ -53,7 +53,7 @@ def state(step: int, size: int = 8) -> dict[str, dict[str, Tensor]]:
 def save(run: Path, step: int, keep: int = 2, best: int | None = None, saver: Checkpointer | None = None) -> None:
     saver = saver or Checkpointer(run, keep, asynchronous=False)
     blobs = {"config.json": b"{}", "trainer_state/state.json": b'{"step": %d}' % step}
-    saver.save(step, state(step), blobs, {"data": "hash"}, best)
+    saver.save(step, state(step), blobs, {"data": "hash"}, [] if best is None else [best])
 
 
 def assert_holds(folder: Path, step: int) -> None:

@@ -35,9 +35,9 @@ from llmkit.data.shards import TokenShards
 from llmkit.losses import LossSum
 from llmkit.training.dist import Ranks
 from llmkit.training.engine import Engine, NonFinite, seed_of
-from llmkit.training.supervised import next_token_loss
+from llmkit.training.supervised import token_loss
 
-LOSS = next_token_loss(z_loss=1e-3, chunk=24)
+LOSS = token_loss(z_loss=1e-3, chunk=24)
 
 
 @pytest.fixture
@@ -253,14 +253,21 @@ def test_refused_update_changes_nothing(name: str) -> None:
 # --- evaluation and averages -----------------------------------------------------------------------------------------
 
 
-def test_ema() -> None:
-    """B17: ema = d * ema + (1 - d) * weights after every update, from the initial weights on."""
-    engine = Engine(linear(), recipe(lr=0.1, ema_decay=0.7))
-    expected = {n: p.numpy().copy() for n, p in engine.masters.items()}
-    for k in range(20):
+@pytest.mark.parametrize("warmup", [False, True])
+def test_ema(warmup: bool) -> None:
+    """B17: ema = d ema + (1 - d) weights after each of 50 updates, from the initial weights on; d = 0.9, warmed up.
+
+    The closed form: the weights after update k count (1 - d_k) times the product of all later d.
+    """
+    engine = Engine(linear(), recipe(lr=0.1, ema_decay=0.9, ema_warmup=warmup))
+    seen = [{n: p.numpy().copy() for n, p in engine.masters.items()}]
+    for k in range(50):
         engine.update([points(seed=k)], regression)
-        for n, p in engine.masters.items():
-            expected[n] = 0.7 * expected[n] + 0.3 * p.numpy()
+        seen.append({n: p.numpy().copy() for n, p in engine.masters.items()})
+    decays = [0.0] + [min(0.9, (1 + k) / (10 + k)) if warmup else 0.9 for k in range(50)]
+    shares = [(1 - d) * math.prod(decays[k + 1 :]) for k, d in enumerate(decays)]
+    assert sum(shares) == pytest.approx(1) and decays[1] == (0.1 if warmup else 0.9)
+    expected = {n: sum(s * w[n] for s, w in zip(shares, seen, strict=True)) for n in engine.masters}
     for n, average in engine.ema.items():
         np.testing.assert_allclose(average.numpy(), expected[n], rtol=1e-12)
 
@@ -495,3 +502,84 @@ def _other(**changes: Any) -> dict[str, dict[str, Tensor]]:
 def test_other_state_is_refused(saved: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(tiny_gpt(), recipe("fp32")).load(saved(), {"step": 1, "loss_scale": 1.0, "good_steps": 1})
+
+
+class Tied(nn.Module):
+    """One weight under two names, a frozen one, a buffer that is saved and one that is not."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.a, self.b, self.still = linear(4, 4, seed), linear(4, 4, seed + 1), linear(4, 4, seed + 2)
+        self.b.weight = self.a.weight
+        self.still.requires_grad_(False)
+        self.register_buffer("count", torch.full((3,), seed, dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.still(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_buffers_and_tied_weights_are_saved_once_and_loaded(precision: str) -> None:
+    """B65: under the first name; the module's own buffers come back, what it says not to save doesn't."""
+    data = points(outputs=4, dtype=torch.float64 if precision == "fp64" else torch.bfloat16)
+    first, second = (Engine(Tied(seed), recipe(precision, lr=0.1, ema_decay=0.9)) for seed in (0, 5))
+    for _ in range(2):
+        first.update([data], regression)
+    model = first.tensors()["model.safetensors"]
+    assert list(model) == ["count", "a.weight", "a.bias", "b.bias", "still.weight", "still.bias"]
+    saved = {file: {n: t.clone() for n, t in tensors.items()} for file, tensors in first.tensors().items()}
+    assert not any("still" in n or "count" in n for file in saved if "trainer_state" in file for n in saved[file])
+    second.load(saved, first.state())
+    assert same_bits(snapshot(first), snapshot(second)) and second.module.count.tolist() == [2, 2, 2]
+    assert second.module.b.weight is second.module.a.weight
+    for engine in (first, second):
+        engine.update([data], regression)
+    assert same_bits(snapshot(first), snapshot(second))
+
+
+def test_what_is_saved_is_the_modules_state_dict() -> None:
+    """Contract of a checkpoint: where a module's state dict converts names and layouts, the file has them; no copies else."""
+    engine = Engine(linear(), recipe(ema_decay=0.9))
+    assert all(t.data_ptr() == engine.masters[n].data_ptr() for n, t in engine.tensors()["model.safetensors"].items())
+
+    def out(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state["matrix"] = state.pop("weight").t().contiguous()
+
+    def back(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state["weight"] = state.pop("matrix").t()
+
+    engine.module.register_state_dict_post_hook(out)
+    engine.module.register_load_state_dict_pre_hook(back)
+    engine.update([points()], regression)
+    saved = {file: {n: t.clone() for n, t in tensors.items()} for file, tensors in engine.tensors().items()}
+    assert saved["model.safetensors"].keys() == {"matrix", "bias"}
+    assert saved["trainer_state/ema.safetensors"].keys() == {"weight", "bias"}
+    expected, state = snapshot(engine), engine.state()
+    engine.update([points(seed=3)], regression)
+    assert not same_bits(expected, snapshot(engine))
+    engine.load(saved, state)
+    assert same_bits(expected, snapshot(engine))
+    saved["model.safetensors"]["matrix"] = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"model.safetensors: matrix: \(3, 4\) is saved, \(4, 3\) is expected"):
+        engine.load(saved, state)
+    assert same_bits(expected, snapshot(engine))  # nothing was loaded by halves
+
+
+def test_statistics_are_summed_over_micro_batches() -> None:
+    """Whole numbers stay whole, others are fp64; nothing is divided."""
+
+    def loss(module: nn.Module, batch: Points) -> LossSum:
+        out = regression(module, batch)
+        stats = {"load": torch.tensor([[len(batch.x), 1]]), "mass": batch.x.float().square().sum()}
+        return LossSum(out.total, out.parts, stats)
+
+    engine, data = Engine(linear(), recipe()), [points(3, seed=1), points(5, seed=2)]
+    assert engine.stats == {}
+    engine.update(data, loss)
+    assert engine.stats["load"].tolist() == [[8, 2]] and engine.stats["load"].dtype == torch.int64
+    assert engine.stats["mass"].item() == pytest.approx(sum(p.x.square().sum().item() for p in data), rel=1e-6)
+    assert engine.stats["mass"].dtype == torch.float64
+    engine.update([points(2)], regression)
+    assert engine.stats == {}

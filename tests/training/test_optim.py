@@ -195,6 +195,25 @@ def test_orthogonalize(shape: tuple[int, ...]) -> None:
     assert torch.equal(orthogonalize(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4, dtype=torch.bfloat16))
 
 
+def test_muon_leaves_what_has_no_gradient() -> None:
+    """An expert that no token visits is not moved by its old momentum; the others of its shape move as without it."""
+    torch.manual_seed(0)
+    nets = [nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2)) for _ in "ab"]
+    nets[1].load_state_dict(nets[0].state_dict())
+    weights = [{n: p.detach() for n, p in net.named_parameters()} for net in nets]
+    optimizers = [
+        Optimizer(OptimConfig(name="muon", weight_decay=0.0), w, net) for w, net in zip(weights, nets, strict=True)
+    ]
+    grads = {n: torch.randn(8, 8) for n in weights[0]}
+    for optimizer in optimizers:
+        optimizer.step(grads, 1e-2)
+    before = weights[0]["0.weight"].clone()
+    optimizers[0].step({"0.weight": torch.zeros(8, 8), "1.weight": grads["1.weight"]}, 1e-2)
+    optimizers[1].step(grads, 1e-2)
+    assert torch.equal(weights[0]["0.weight"], before)
+    assert torch.equal(weights[0]["1.weight"], weights[1]["1.weight"])
+
+
 def test_muon_update_has_adamws_size() -> None:
     """0.2 sqrt(max(A, B)) times an orthogonal matrix has entries of about 0.2 in the root mean square."""
     net = tiny_gpt(d_ff=96)

@@ -473,6 +473,27 @@ def test_early_stopping_and_its_resume(fresh: Fresh, every: int, world: Path) ->
     assert train(other) == 0  # and again is nothing
 
 
+def test_another_metric_and_the_other_direction(fresh: Fresh) -> None:
+    """What early stopping and keep_best look at: of a loss that falls, the highest is the first."""
+    metric = {"every": 4, "metric": "valid/perplexity", "better": "higher", "patience": 3}
+    recipe, run = fresh(eval=metric, save={"every": 4, "keep": 1})
+    assert train(recipe) == 0
+    values = {r["step"]: r["valid/perplexity"] for r in read_jsonl(run / "metrics.jsonl") if "valid/loss" in r}
+    assert list(values) == [0, 4, 8, 12] and values[0] == max(values.values())
+    assert json.loads((run / "DONE").read_text()) == {"step": 12, "metric": "valid/perplexity", "best": values[0]}
+    best = max((v, s) for s, v in values.items() if s)[1]
+    assert good_steps(run) == sorted({12, best}, reverse=True)
+    assert "no better valid/perplexity in 3 evaluations" in (run / "train.log").read_text()
+
+
+def test_a_metric_that_is_not_there(fresh: Fresh, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, run = fresh(eval={"metric": "valid/acuracy"})
+    assert train(recipe) == USER_MISTAKE
+    error = capsys.readouterr().err
+    assert "eval.metric: 'valid/acuracy' is not evaluated: choose one of valid/loss, valid/perplexity, " in error
+    assert last_step(run) == 0 and error.count("\n") == 1
+
+
 def test_everything_that_changes_in_the_loop_is_in_the_checkpoint(
     fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:

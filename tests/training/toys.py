@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmkit.data.loader import RowLoader
+from llmkit.data.loader import RowLoader, TextRows
 from llmkit.data.shards import ShardWriter, TokenShards, write_index
 from llmkit.losses import LossSum, squared_error
 from llmkit.model.config import GPTConfig
@@ -69,8 +69,8 @@ def write_shards(folder: Path, documents: Sequence[Sequence[int]]) -> TokenShard
 
 
 def rows(shards: TokenShards, **options: Any) -> RowLoader:
-    defaults = {"row_len": T, "rows_per_step": 8, "pad_id": 0, "seed": 3, "prefetch": 0}
-    return RowLoader([shards], **{**defaults, **options})
+    text = TextRows([shards], row_len=T, pad_id=0, packing=options.pop("packing", True))
+    return RowLoader(text, **{"rows_per_step": 8, "seed": 3, "prefetch": 0, **options})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,226 @@
+"""What the stages that train a network share: its tokenizer, shape and first weights, the sizes of a step, its cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmkit.config import UserError
+from llmkit.data.config import DataConfig
+from llmkit.data.loader import RowLoader
+from llmkit.data.texts import obtain_tokenizer
+from llmkit.model.config import GPTConfig
+from llmkit.model.hf import read_config
+from llmkit.plan import Cost, cost_of, require_memory
+from llmkit.stages.recipes import ModelRecipe
+from llmkit.storage import resolve_model
+from llmkit.tokenizer import Tokenizer
+from llmkit.training.dist import pick_device
+
+# Fields of `model` that may differ from the old model's with `init_from`: no weight changes its meaning with them.
+_FREE = {
+    "vocab_size",
+    "max_seq_len",
+    "rope_theta",
+    "rope_scaling",
+    "sliding_window",
+    "n_full_layers",
+    "causal",
+    "dropout",
+}
+
+
+# --- tokenizer and shape ---------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(recipe: ModelRecipe, should_stop: Callable[[], bool] | None = None) -> Tokenizer:
+    """The recipe's tokenizer, loaded or trained.
+
+    Raises:
+        Interrupted: should_stop() said so while it was trained.
+        UserError: with `init_from`, if the tokenizer gives other meanings to the old model's ids.
+    """
+    config = recipe.text_tokenizer
+    if recipe.init_from is None:
+        return obtain_tokenizer(config, recipe.data, Path(recipe.out) / "tokenizer", should_stop)
+    folder = resolve_model(recipe.init_from)
+    if config.path == recipe.init_from:
+        config = config.model_copy(update={"path": str(folder)})
+    tokenizer = obtain_tokenizer(config, recipe.data, Path(recipe.out) / "tokenizer", should_stop)
+    if (folder / "tokenizer.json").is_file():
+        _check_same_ids(Tokenizer.load(folder), tokenizer, recipe.init_from)
+    return tokenizer
+
+
+def _check_same_ids(old: Tokenizer, new: Tokenizer, name: str) -> None:
+    """A model's embedding means nothing to another tokenizer; one with more tokens at the end is no other."""
+    for i in range(old.vocab_size):
+        ours, theirs = old.token_bytes(i), new.token_bytes(i) if i < new.vocab_size else b""
+        if ours != theirs:
+            raise UserError(
+                f"tokenizer: id {i} is {theirs!r}, but {ours!r} to the model of init_from ({name}): leave `tokenizer` "
+                "out to keep its own, or extend that with `tokenizer: {path: ..., add: [...]}`"
+            )
+
+
+def model_config(recipe: ModelRecipe, vocab_size: int) -> GPTConfig:
+    """The network's shape, with its vocabulary filled in: the tokenizer's size, rounded up to a multiple of 64.
+
+    With `init_from` it is the old model's, but for what `model` says of the few things that may change.
+    """
+    rounded = -(-vocab_size // 64) * 64
+    if recipe.init_from is None:
+        assert recipe.model is not None
+        given = recipe.model
+    else:
+        given = _changed(read_config(resolve_model(recipe.init_from)), recipe)
+        if given.vocab_size is not None and given.vocab_size < vocab_size:
+            given = given.model_copy(update={"vocab_size": rounded})
+    if given.vocab_size is None:
+        return given.model_copy(update={"vocab_size": rounded})
+    if given.vocab_size < vocab_size:
+        raise UserError(f"model.vocab_size ({given.vocab_size}) is below the tokenizer's {vocab_size}: set {rounded}")
+    return given
+
+
+def _changed(old: GPTConfig, recipe: ModelRecipe) -> GPTConfig:
+    if recipe.model is None:
+        return old
+    said = {name: getattr(recipe.model, name) for name in recipe.model.model_fields_set}
+    for name, value in said.items():
+        if name not in _FREE and value != getattr(old, name):
+            raise UserError(
+                f"model.{name} ({value}): the model of init_from ({recipe.init_from}) has {getattr(old, name)}: leave "
+                f"it out; only {', '.join(sorted(_FREE))} may change"
+            )
+    if said.get("vocab_size") is None:
+        said.pop("vocab_size", None)
+    try:
+        return GPTConfig.model_validate({**dict(old), **said})
+    except ValueError as e:
+        raise UserError(f"model: with the shape of init_from ({recipe.init_from}): {_reason(e)}") from None
+
+
+def _reason(error: ValueError) -> str:
+    """What a validator said, without pydantic's frame."""
+    errors = getattr(error, "errors", None)
+    return str(errors()[0]["msg"]).removeprefix("Value error, ") if errors else str(error)
+
+
+def refuse_changes(recipe: ModelRecipe, facts: dict[str, str], state: dict[str, Any]) -> None:
+    """Raises UserError if a run is resumed with other data or another tokenizer, unless the recipe allows it."""
+    for key, value in facts.items():
+        if state[key] != value and not recipe.allow_changes:
+            raise UserError(
+                f"{recipe.out}: the {key} is not what the run was started with (hash {value[:12]}, then "
+                f"{state[key][:12]}): put it back, choose another `out`, or allow it with allow_changes=true"
+            )
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def row_len(recipe: ModelRecipe, config: GPTConfig) -> int:
+    """Tokens of a row. Raises UserError if the model can't take so many."""
+    if recipe.batch.max_len is not None and recipe.batch.max_len > config.max_seq_len:
+        raise UserError(
+            f"batch.max_len ({recipe.batch.max_len}) is above the model's max_seq_len ({config.max_seq_len})"
+        )
+    return recipe.batch.max_len or config.max_seq_len
+
+
+def rows_per_step(recipe: ModelRecipe, row_len: int) -> int:
+    """Rows of one optimizer step. Raises UserError unless they make up tokens_per_step exactly."""
+    tokens = recipe.batch.tokens_per_step
+    if tokens % row_len:
+        below, above = tokens // row_len * row_len, (tokens // row_len + 1) * row_len
+        raise UserError(
+            f"batch.tokens_per_step ({tokens}) is no multiple of the row length {row_len}: set "
+            + (f"{below} or {above}" if below else str(above))
+        )
+    return tokens // row_len
+
+
+def micro_rows(recipe: ModelRecipe, rows: int, row_len: int) -> int:
+    """Rows of one forward pass: as many as divide the rank's share and hold at most micro_tokens."""
+    limit = most_rows(recipe, row_len)
+    pairs = ((n, rows // n) for n in range(1, math.isqrt(rows) + 1) if rows % n == 0)
+    return max(n for pair in pairs for n in pair if n <= limit)
+
+
+def most_rows(recipe: ModelRecipe, row_len: int) -> int:
+    """Rows that micro_tokens hold."""
+    return max(1, (recipe.batch.micro_tokens or 8192) // row_len)
+
+
+def cost(recipe: ModelRecipe, config: GPTConfig) -> Cost:
+    """What training this network costs."""
+    length = row_len(recipe, config)
+    rows = rows_per_step(recipe, length)
+    return cost_of(
+        config,
+        seq_len=length,
+        micro_tokens=micro_rows(recipe, rows, length) * length,
+        precision=recipe.precision,
+        optimizer=recipe.optim.name,
+        loss_chunk=recipe.loss_chunk,
+        activation_checkpointing=recipe.activation_checkpointing,
+        ema=recipe.optim.ema_decay is not None,
+        momentum=bool(recipe.optim.momentum),
+    )
+
+
+def mixture_weights(data: DataConfig, n_rows: Sequence[int]) -> list[float]:
+    """The share of each training source in the samples.
+
+    `weight` is the share itself; `epochs` asks to read a source so often, so its share grows with its rows.
+    """
+    return [n * s.epochs if s.epochs is not None else s.weight for s, n in zip(data.sources, n_rows, strict=True)]
+
+
+def describe_step(
+    recipe: ModelRecipe, config: GPTConfig, tokenizer: Tokenizer, loader: RowLoader, data: Sequence[str]
+) -> str:
+    """The derived numbers of a run, as they are printed at its start; `data`: the lines that tell of its data."""
+    costs = cost(recipe, config)
+    accumulation = loader.rows_per_step // (loader.micro_rows * loader.world)
+    return "\n".join(
+        [
+            f"model      {config.family}, {costs.n_params / 1e6:.2f} M parameters ({costs.n_embedding_params / 1e6:.2f} M "
+            f"embeddings), vocabulary {config.vocab_size} for a tokenizer of {tokenizer.vocab_size}",
+            *data,
+            f"step       {recipe.batch.tokens_per_step:,} tokens = {loader.world} rank(s) x {accumulation} micro-batch(es) "
+            f"x {loader.micro_rows} rows x {loader.row_len}; {recipe.steps} steps",
+            f"memory     {costs.state_bytes / 1e6:.0f} MB weights, gradients and optimizer + about "
+            f"{costs.activation_bytes / 1e6:.0f} MB activations; checkpoint {costs.checkpoint_bytes / 1e6:.0f} MB",
+        ]
+    )
+
+
+def plan(recipe: ModelRecipe) -> Iterator[str]:
+    """`llmkit plan`: what a run would cost, line by line, without reading its data.
+
+    Raises:
+        UserError: when all is said, if weights, gradients and optimizer alone can't fit here.
+    """
+    section = recipe.text_tokenizer
+    if section.path is not None:
+        path = resolve_model(section.path) if section.path == recipe.init_from else section.path
+        vocab = Tokenizer.from_config(section.model_copy(update={"path": str(path)})).vocab_size
+    else:
+        vocab = 261 if section.kind == "byte" else section.vocab_size
+    config = model_config(recipe, vocab)
+    costs = cost(recipe, config)
+    tokens = recipe.steps * recipe.batch.tokens_per_step
+    active = f", {costs.n_active_params:,} at work for a token" if config.experts is not None else ""
+    yield f"parameters   {costs.n_params:,} ({costs.n_embedding_params:,} in embeddings{active}), {config.family}"
+    yield f"tokens       {tokens:,} in {recipe.steps:,} steps of {recipe.batch.tokens_per_step:,}"
+    yield f"work         {costs.flops_per_token * tokens:.3g} FLOP ({costs.flops_per_token:.3g} a token)"
+    yield (
+        f"memory       {costs.memory_bytes / 1e9:.3f} GB: {costs.state_bytes / 1e9:.3f} weights, gradients and "
+        f"optimizer, about {costs.activation_bytes / 1e9:.3f} activations"
+    )
+    yield f"checkpoint   {costs.checkpoint_bytes / 1e9:.3f} GB each, {recipe.save.keep + recipe.save.keep_best} kept"
+    require_memory(costs, pick_device(recipe.device))

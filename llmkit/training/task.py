@@ -1,0 +1,96 @@
+"""What a stage and the loop are to each other: the task that is run, and the surroundings it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from llmkit.training.config import RunConfig
+from llmkit.training.dist import Ranks
+from llmkit.training.engine import Engine, Metrics
+from llmkit.training.log import RunLog
+
+
+class Outcome(Enum):
+    """How `train` ended."""
+
+    FINISHED = "finished"
+    PAUSED = "paused"  # stop_at was reached
+    PREEMPTED = "preempted"  # a signal; the state is saved
+
+
+class Stop:
+    """Set by SIGTERM, SIGINT and SIGUSR1. Signals only set it: whoever works looks at it where it is safe to stop."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        def note(number: int, _: Any) -> None:
+            self.signal = signal.Signals(number).name
+
+        old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a task may use of its surroundings."""
+
+    config: RunConfig
+    out: Path
+    ranks: Ranks
+    log: RunLog
+    stop: Stop
+
+    def should_stop(self) -> bool:
+        """Whether this process was asked to stop. Cheap; poll it in long work that is done by one rank."""
+        return bool(self.stop)
+
+    def all_should_stop(self) -> bool:
+        """Whether any rank was asked to stop. A collective: all ranks call it at the same point."""
+        return self.ranks.any(bool(self.stop))
+
+
+class Task(Protocol):
+    """What a stage is to the loop."""
+
+    flops_per_token: float
+
+    def prepare(self, ctx: Context) -> None:
+        """Long work before step 1: idempotent, resumable; raises Interrupted if asked to stop."""
+
+    def build(self, ctx: Context) -> nn.Module:
+        """The module with its initial weights."""
+
+    def step(self, engine: Engine, ctx: Context) -> Metrics:
+        """One unit of progress: what `Engine.update` told of it, and `tokens`, by which speed is measured."""
+
+    def evaluate(self, engine: Engine, ctx: Context, split: str) -> Metrics | None:
+        """Metrics of a split ("valid" or "test"); empty if there is none; None if it was asked to stop."""
+
+    def files(self, engine: Engine) -> dict[str, bytes]:
+        """The small files that make a checkpoint a model: config.json, tokenizer and model card."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest should tell of the data: fingerprints and hashes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The task's own state, JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
