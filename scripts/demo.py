@@ -18,7 +18,7 @@ from llmkit.cli import main as llmkit
 from llmkit.data.prepare import Prepared, prepare
 from llmkit.inference.config import SamplingConfig
 from llmkit.inference.generate import generate
-from llmkit.model.hf import load_model
+from llmkit.model.weights import load_model
 from llmkit.stages import load_recipe
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer

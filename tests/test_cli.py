@@ -22,10 +22,10 @@ from llmkit import cli
 from llmkit.cli import EXIT_CODES, build_parser, main
 from llmkit.config import MachineError, TrainingStopped, UserError
 from llmkit.inference.generate import generate
-from llmkit.model.hf import load_model
+from llmkit.model.weights import load_model
 from llmkit.tokenizer import Tokenizer
 
-COMMANDS = ("train", "prepare", "plan", "generate", "verify", "schema")
+COMMANDS = ("train", "prepare", "plan", "generate", "embed", "verify", "schema")
 TEXT = "The mill stands by the river. 从前山谷里有一座磨坊。 Mira lives in the valley.\n" * 60
 
 

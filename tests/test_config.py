@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from llmkit import config
 from llmkit.cli import build_parser
 from llmkit.config import Config, UserError, dump, flatten, known_keys, load, parse_yaml, validate
+from llmkit.inference.command import TEMPERATURE
 from llmkit.inference.config import SamplingConfig
 from llmkit.stages import STAGES, load_recipe
 from llmkit.training.config import SampleConfig
@@ -381,6 +382,7 @@ ALL = list(dict.fromkeys(c for recipe, _ in STAGES.values() for c in classes(rec
 SMALLEST: dict[str, dict[str, Any]] = {
     "tokenizer": {"stage": "tokenizer", "out": "o", "data": {"path": "x"}},
     "pretrain": {"stage": "pretrain", "out": "o", "data": {"path": "x"}, "model": {}},
+    "reward": {"stage": "reward", "objective": "classify", "out": "o", "data": {"path": "x"}, "model": {}},
 }
 
 
@@ -438,9 +440,8 @@ def test_the_command_line_has_the_same_defaults() -> None:
     `generate` as in `eval.samples`.
     """
     args = vars(build_parser().parse_args(["generate", "m", "--prompt", "p"]))
-    own = {k: v for k, v in args.items() if k in SamplingConfig.model_fields and v not in (None, [])}
-    assert own == {"temperature": SampleConfig().temperature}
-    assert SampleConfig().temperature == 0.8 and SamplingConfig().temperature == 1.0
+    assert not {k: v for k, v in args.items() if k in SamplingConfig.model_fields and v not in (None, [])}
+    assert SampleConfig().temperature == TEMPERATURE == 0.8 and SamplingConfig().temperature == 1.0
     same = set(SamplingConfig.model_fields) - {"max_new_tokens", "temperature"}
     assert all(SamplingConfig.model_fields[n].default == SampleConfig.model_fields[n].default for n in same)
     commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from llmkit.config import parse_yaml
-from llmkit.model.config import GPTConfig
+from llmkit.config import UserError, parse_yaml
+from llmkit.model.config import GPTConfig, count_params
 from llmkit.model.gpt import GPT
-from llmkit.model.hf import count_parameters
 from llmkit.stages import load_recipe, stage_module
 from llmkit.stages.schema import recipe_schema
 from llmkit.tokenizer import TokenizerConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SCHEMA = CONFIGS / "recipe.schema.json"
-RECIPES = [f for f in sorted(CONFIGS.rglob("*.yaml")) if "\nstage:" in f.read_text("utf-8")]
+RECIPES = sorted(CONFIGS.rglob("*.yaml"))
 every_recipe = pytest.mark.parametrize("file", RECIPES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 
 
@@ -40,13 +39,18 @@ def test_it_is_a_good_example(file: Path) -> None:
 
 
 @every_recipe
-def test_it_plans_and_builds(file: Path) -> None:
+def test_it_plans_and_builds(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost model's count of parameters is that of the network itself, built without memory."""
     recipe = load_recipe(file)
-    folder = recipe.tokenizer.path
-    if folder is not None:  # made by another recipe, which need not have run here
+    monkeypatch.chdir(tmp_path)
+    old = getattr(recipe, "init_from", None)
+    if old is not None:  # made by another recipe, which need not have run here
+        with pytest.raises(UserError, match=f"^{old}: no such folder"):
+            list(stage_module(recipe).plan(recipe))
+        return
+    if recipe.tokenizer is not None and recipe.tokenizer.path is not None:  # the same
         recipe = recipe.model_copy(update={"tokenizer": TokenizerConfig(vocab_size=4096)})
-    text = stage_module(recipe).plan(recipe)
+    text = "\n".join(stage_module(recipe).plan(recipe))
     assert text.strip() and "\t" not in text
     shape: GPTConfig | None = getattr(recipe, "model", None)
     if shape is None:
@@ -54,7 +58,7 @@ def test_it_plans_and_builds(file: Path) -> None:
     shape = shape.model_copy(update={"vocab_size": 4096})
     with torch.device("meta"):
         model = GPT(shape)
-    assert sum(p.numel() for p in model.parameters()) == count_parameters(shape)
+    assert sum(p.numel() for p in model.parameters()) == count_params(shape).total
 
 
 def test_the_schema_is_up_to_date() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmkit.config import UserError
 from llmkit.model.config import GPTConfig, count_params
 from llmkit.model.gpt import GPT
-from llmkit.model.hf import read_config, read_json
+from llmkit.model.hf import read_config, read_json, read_labels
 from llmkit.model.layouts import canonical_names, config_of, from_disk, to_disk
 
 MAX_TENSORS = 1_000_000
@@ -218,6 +218,8 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
         UserError: for an unsupported or damaged folder; sizes are checked before anything is allocated.
     """
     config = read_config(folder)
+    if (labels := read_labels(folder)) is not None:
+        raise UserError(f"{folder}: scores whole texts ({', '.join(labels[:5])}): it holds no language model")
     files = weight_files(folder)
     on_disk = sum(file.stat().st_size for file in files)
     if (n_params := count_params(config).total) > on_disk:

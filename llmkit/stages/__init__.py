@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config import Config, Data, UserError, Where, load
-from llmkit.stages.recipes import PretrainRecipe, TokenizerRecipe
+from llmkit.stages.recipes import PretrainRecipe, RewardRecipe, TokenizerRecipe
 
 # stage -> (its recipe, the module whose `run(recipe)` runs it: imported when it is, since most import torch)
 STAGES: dict[str, tuple[type[Config], str]] = {
     "tokenizer": (TokenizerRecipe, "llmkit.stages.tokenizer"),
     "pretrain": (PretrainRecipe, "llmkit.stages.pretrain"),
+    "reward": (RewardRecipe, "llmkit.stages.reward"),
 }
 
 

@@ -100,7 +100,7 @@ def ours(job: Job) -> dict[str, Any]:
     from llmkit.model.gpt import GPT
     from llmkit.training.config import OptimConfig, RunConfig
     from llmkit.training.engine import Engine, keep_freed_memory
-    from llmkit.training.supervised import next_token_loss
+    from llmkit.training.supervised import token_loss
 
     if not job.same_tricks:
         keep_freed_memory()  # as the loop does
@@ -115,7 +115,7 @@ def ours(job: Job) -> dict[str, Any]:
     model.load_state_dict(job.weights())
     model.compile()
     engine = Engine(model, recipe)
-    loss_fn = next_token_loss(recipe.z_loss, recipe.loss_chunk)
+    loss_fn = token_loss(recipe.z_loss, recipe.loss_chunk)
 
     def batches(k: int) -> list[Any]:
         """What the loader gives with cross-document attention: the peers know no documents either."""

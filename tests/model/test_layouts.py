@@ -116,7 +116,9 @@ def test_an_engine_saves_and_loads_a_gpt2(precision):
         from llmkit.training.supervised import token_loss
 
         ids = torch.arange(32).view(2, 16) % 50
-        batch = Batch(ids, ids.roll(-1, 1), torch.arange(16).expand(2, 16), torch.zeros(2, 16, dtype=torch.int32), 32.0, 32.0)
+        batch = Batch(
+            ids, ids.roll(-1, 1), torch.arange(16).expand(2, 16), torch.zeros(2, 16, dtype=torch.int32), 32.0, 32.0
+        )
         return [engine.update([batch], token_loss(0.0, 16))["loss"] for _ in range(3)]
 
     a, b = engine(0), engine(1)
