@@ -283,18 +283,25 @@ def foreign(kind: str, folder: Path, tokenizer: Tokenizer) -> Any:
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
         model = hf.GPT2LMHeadModel(config)
     else:
-        of = {"llama": (hf.LlamaConfig, hf.LlamaForCausalLM), "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM)}[kind]
-        config = of[0](
+        name, more = {
+            "llama": ("Llama", {}),
+            "mistral": ("Mistral", {"sliding_window": 16}),
+            "qwen2": ("Qwen2", {}),
+            "qwen3": ("Qwen3", {}),
+            "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+        }[kind]
+        head = {} if kind == "qwen2" else {"head_dim": 8}
+        config = getattr(hf, f"{name}Config")(
             vocab_size=800, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, **ids,
+            num_key_value_heads=2, max_position_embeddings=64, **head, **more, **ids,
         )  # fmt: skip
-        model = of[1](config)
+        model = getattr(hf, f"{name}ForCausalLM")(config)
     model.save_pretrained(folder)
     tokenizer.save(folder)
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt2"])
 def test_continued_pretraining_of_a_foreign_folder(world: Path, tmp_path: Path, kind: str) -> None:
     """transformers -> here (the same loss before the first step) -> stop -> resume -> transformers."""
     from transformers import AutoModelForCausalLM
