@@ -302,7 +302,9 @@ def test_errors_of_the_texts_reach_the_caller() -> None:
 def test_ctrl_c_ends_training() -> None:
     """Within the library's own work too, where Python runs no signal handler."""
     code = (
-        "import random, sys\nfrom llmkit.tokenizer import Tokenizer, TokenizerConfig\n"
+        # What a shell starts in the background ignores the signal, and so do its children, unless told otherwise.
+        "import random, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from llmkit.tokenizer import Tokenizer, TokenizerConfig\n"
         "r = random.Random(0)\ntexts = [''.join(r.choices('abcdefghij', k=20000)) for _ in range(300)]\n"
         "print('go', flush=True)\nTokenizer.train(texts, TokenizerConfig(vocab_size=100000))\nprint('done')"
     )
@@ -311,6 +313,9 @@ def test_ctrl_c_ends_training() -> None:
     time.sleep(1.5)  # reading takes less
     start = time.monotonic()
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    try:
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert time.monotonic() - start < 10
     assert "KeyboardInterrupt" in err and "done" not in out
