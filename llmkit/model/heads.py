@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.model.config import GPTConfig
@@ -16,37 +17,55 @@ from llmkit.model.layouts import use_layout
 
 
 class SequenceClassifier(nn.Module):
-    """Scores of a whole sequence, read at its last real token: a Hugging Face `*ForSequenceClassification`.
+    """Scores of a whole sequence: a Hugging Face `*ForSequenceClassification`.
 
-    The head has no bias, as there (`score.weight` [C, D]).
+    Of a causal model they are read at the last real token, which alone has seen the others; the head is `score` [C, D]
+    without a bias. Of a bidirectional one (EuroBERT) at the mean over all tokens, through `dense`, a GELU and
+    `classifier`.
     """
 
     def __init__(self, config: GPTConfig, n_labels: int, activation_checkpointing: bool = False):
-        """Allocates the model; call `init_score` and load a checkpoint before use."""
+        """Allocates the model; call `init_head` and load a checkpoint before use."""
         super().__init__()
         self.config = config
         self.model = Decoder(config, activation_checkpointing)
-        self.score = nn.Linear(config.d_model, n_labels, bias=False)
+        if config.causal:
+            self.score = nn.Linear(config.d_model, n_labels, bias=False)
+        else:
+            self.dense = nn.Linear(config.d_model, config.d_model)
+            self.classifier = nn.Linear(config.d_model, n_labels)
         use_layout(self, config)
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The parameters that are no decoder's: what a language model's folder doesn't hold."""
+        return tuple(name for name, _ in self.named_parameters() if not name.startswith("model."))
 
     def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Scores [B, C].
 
         Args:
-            ids_BT: token ids, padded on the right; causal attention never looks at the padding.
-            lengths_B: tokens of each row; 0, a row of padding, is scored at its first column.
+            ids_BT: token ids, padded on the right.
+            lengths_B: tokens of each row; 0, a row of padding, is scored by its first column.
         """
         B, T = ids_BT.shape
-        positions_BT = torch.arange(T, device=ids_BT.device)[None]
-        hidden_BTD = self.model(ids_BT, positions_BT, None, T > 1, None)
-        last_B = (lengths_B - 1).clamp(min=0)
-        return self.score(hidden_BTD[torch.arange(B, device=ids_BT.device), last_B])
+        columns_1T = torch.arange(T, device=ids_BT.device)[None]
+        lengths_B1 = lengths_B.clamp(min=1)[:, None]
+        if self.config.causal:  # no token looks ahead, and so none at the padding
+            hidden_BTD = self.model(ids_BT, columns_1T, None, T > 1, None)
+            return self.score(hidden_BTD[torch.arange(B, device=ids_BT.device), lengths_B1[:, 0] - 1])
+        real_BT = columns_1T < lengths_B1
+        mask = None if bool(real_BT.all()) else real_BT[:, None, None].expand(B, 1, T, T)
+        hidden_BTD = self.model(ids_BT, columns_1T, mask, False, None)
+        mean_BD = (hidden_BTD * real_BT[..., None]).sum(1) / lengths_B1
+        return self.classifier(F.gelu(self.dense(mean_BD.to(hidden_BTD.dtype))))
 
 
-def init_score(model: SequenceClassifier, seed: int) -> None:
-    """The head alone: normal, std 1 / sqrt(D + 1) (Ziegler et al. 2019, arXiv 1909.08593)."""
+def init_head(model: SequenceClassifier, seed: int) -> None:
+    """The head alone: matrices normal, std 1 / sqrt(D + 1) (Ziegler et al. 2019, arXiv 1909.08593); biases 0."""
     generator = torch.Generator().manual_seed(seed)
-    weight = model.score.weight
     with torch.no_grad():
-        std = 1 / math.sqrt(weight.shape[1] + 1)
-        weight.copy_(torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+        for name in model.head_names:
+            p = model.get_parameter(name)
+            std = 1 / math.sqrt(p.shape[-1] + 1) if p.dim() == 2 else 0.0
+            p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0.0, 1.0, generator=generator) * std)

@@ -28,14 +28,14 @@ from llmkit.model.config import (
 log = logging.getLogger(__name__)
 
 Head = Literal["lm", "classify"]
-# The class with a vocabulary's head, and with a score's: causal ones read it at the last token, as our classifier does.
-ARCHITECTURES: dict[Family, tuple[str, str | None]] = {
+# The class with a vocabulary's head, and the one with scores of whole texts (see `heads`).
+ARCHITECTURES: dict[Family, tuple[str, str]] = {
     "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
     "mistral": ("MistralForCausalLM", "MistralForSequenceClassification"),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
     "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
-    "eurobert": ("EuroBertForMaskedLM", None),
+    "eurobert": ("EuroBertForMaskedLM", "EuroBertForSequenceClassification"),
     "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeForSequenceClassification"),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification"),
 }
@@ -65,14 +65,12 @@ def config_to_hf(
         dtype: of the saved weights.
         ids: bos_token_id, eos_token_id and pad_token_id; of a model that is not causal mask_token_id as well.
         extra: our own facts, kept under the key "llmkit", which transformers ignores.
-        head: "classify" has `score.weight` [n_labels, d_model] in place of a vocabulary's head.
+        head: "classify" has scores of whole texts in place of a vocabulary's head (`heads.SequenceClassifier`).
         n_labels: scores of a classifier; 1 for a reward or a regression.
         labels: the scores' names. Default: LABEL_0, LABEL_1, ... as in transformers.
         problem_type: transformers' name for the loss, by which its pipelines pick softmax, sigmoid or neither. Default:
             regression (the bare score) of one label, single_label_classification of several.
 
-    Raises:
-        UserError: if the family has no class for this head.
     """
     family = config.family
     lm, classifier = ARCHITECTURES[family]
@@ -90,8 +88,6 @@ def config_to_hf(
         "llmkit": extra,
     }
     if head == "classify":
-        if classifier is None:
-            raise UserError(f"model: no Hugging Face class puts one score on a {family} model: make it causal")
         names = labels or tuple(f"LABEL_{i}" for i in range(n_labels))
         assert len(names) == n_labels, f"{len(names)} labels for {n_labels} scores"
         hf |= {
@@ -101,6 +97,8 @@ def config_to_hf(
             "label2id": {name: i for i, name in enumerate(names)},
             "problem_type": problem_type or ("regression" if n_labels == 1 else "single_label_classification"),
         }
+        if not config.causal:
+            hf["classifier_pooling"] = "mean"
     return hf
 
 

@@ -135,8 +135,6 @@ class RewardRecipe(ModelRecipe):
             raise ValueError("classes belong to objective: classify")
         if len(set(self.classes)) != len(self.classes) or len(self.classes) == 1:
             raise ValueError(f"classes: at least two, each once (got {list(self.classes)})")
-        if self.model is not None and not self.model.causal:
-            raise ValueError("model.causal: the score is read at the last token, which must have seen the others: true")
         if self.eval.samples.prompts:
             raise ValueError("eval.samples: a model that judges texts writes none: drop the prompts")
         return self

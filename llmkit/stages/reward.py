@@ -1,4 +1,4 @@
-"""Judging whole texts: a class, or numbers, read at the last token of a decoder."""
+"""Judging whole texts: a class, or numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmkit.losses import LossSum, classification, regression
 from llmkit.model.config import GPTConfig
 from llmkit.model.files import model_files
 from llmkit.model.gpt import init_weights
-from llmkit.model.heads import SequenceClassifier, init_score
+from llmkit.model.heads import SequenceClassifier, init_head
 from llmkit.model.weights import load_weights
 from llmkit.plan import flops_per_token, require_memory
 from llmkit.stages.recipes import RewardRecipe
@@ -71,15 +71,15 @@ class RewardTask:
     def build(self, ctx: Context) -> nn.Module:
         recipe, config = self.recipe, self.model_config
         model = SequenceClassifier(config, self.n_scores, recipe.activation_checkpointing)
-        init_score(model, seed_of(recipe.seed, "score"))
         if recipe.init_from is None:
             init_weights(model, recipe.seed)
-        else:
+        init_head(model, seed_of(recipe.seed, "head"))
+        if recipe.init_from is not None:
             report = load_weights(
                 model,
                 resolve_model(recipe.init_from),
                 n_tokens=self.tokenizer.vocab_size,
-                may_lack=("score.weight",),
+                may_lack=model.head_names,
                 may_hold=("lm_head.weight",),
             )
             ctx.log.say(f"init_from  {report}")

@@ -13,7 +13,13 @@ from llmkit.training.config import OptimConfig
 # Output projections are not hidden matrices: Muon's orthogonal updates suit maps between hidden spaces. The routers of
 # experts are such heads: a row scores one expert, and an orthogonal update would move the row of an expert that few tokens
 # saw as far as any other.
-_OUTPUT_HEADS = ("lm_head.weight", "score.weight", "mlp.gate.weight", "mlp.shared_expert_gate.weight")
+_OUTPUT_HEADS = (
+    "lm_head.weight",
+    "score.weight",
+    "classifier.weight",
+    "mlp.gate.weight",
+    "mlp.shared_expert_gate.weight",
+)
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

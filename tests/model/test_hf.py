@@ -19,9 +19,9 @@ from torch import Tensor
 
 from llmkit.config import UserError
 from llmkit.model.config import GPTConfig, LinearScaling, Llama3Scaling, YarnScaling, count_params
-from llmkit.model.gpt import GPT, Decoder, init_weights, rope_tables
+from llmkit.model.gpt import GPT, init_weights, rope_tables
+from llmkit.model.heads import SequenceClassifier, init_head
 from llmkit.model.hf import config_from_hf, config_to_hf, read_config, read_labels
-from llmkit.model.layouts import use_layout
 from llmkit.model.weights import load_model, load_weights
 
 transformers = pytest.importorskip("transformers")
@@ -444,27 +444,17 @@ def test_bf16_folder(tmp_path, family):
 # --- classifiers -----------------------------------------------------------------------------------------------------
 
 
-class Classifier(torch.nn.Module):
-    def __init__(self, config: GPTConfig, n_labels: int):
-        super().__init__()
-        self.model, self.score = Decoder(config, False), torch.nn.Linear(config.d_model, n_labels, bias=False)
-        use_layout(self, config)
-
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        hidden = self.model(ids_BT, torch.arange(ids_BT.shape[1])[None], None, True, None)
-        return self.score(hidden[:, -1])
-
-
-@pytest.mark.parametrize("family,n_labels", [(f, n) for f in FAMILIES if f != "eurobert" for n in (1, 3)])
+@pytest.mark.parametrize("family,n_labels", [(f, n) for f in FAMILIES for n in (1, 3)])
 def test_classifier_folder(tmp_path, family, n_labels):
-    """B87: no head is made up on loading, which a warning would tell."""
-    ours = Classifier(shape(family, n_layers=3), n_labels).eval()
+    """B87: no head is made up on loading, which a warning would tell. B54: padding changes no score, here and there."""
+    ours = SequenceClassifier(shape(family, n_layers=3), n_labels).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in ours.parameters():
             p.normal_(0.0, 0.5, generator=generator)
     labels = ("bad", "so-so", "good") if n_labels == 3 else None
-    hf = config_to_hf(ours.model.config, torch.float32, IDS, {}, head="classify", n_labels=n_labels, labels=labels)
+    ids = IDS if ours.config.causal else {**IDS, "mask_token_id": 3}
+    hf = config_to_hf(ours.config, torch.float32, ids, {}, head="classify", n_labels=n_labels, labels=labels)
     (tmp_path / "config.json").write_text(json.dumps(hf))
     save_file(ours.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
     with silence():
@@ -473,19 +463,43 @@ def test_classifier_folder(tmp_path, family, n_labels):
     assert [theirs.config.id2label[i] for i in range(n_labels)] == list(labels or ["LABEL_0"])
     assert read_labels(tmp_path) == (labels or ("LABEL_0",))
     ids = random_ids().clamp(min=3)
+    lengths = torch.tensor([ids.shape[1], *[ids.shape[1] - 4] * (len(ids) - 1)])
+    real = torch.arange(ids.shape[1]) < lengths[:, None]
+    padded = ids.where(real, IDS["pad_token_id"])
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
-    again = Classifier(ours.model.config, n_labels)
+        expected = theirs(padded, attention_mask=real.long()).logits
+        torch.testing.assert_close(ours(padded, lengths), expected, rtol=1e-4, atol=1e-4)
+        alone = ours(ids[1:2, :-4], lengths[1:2])
+        torch.testing.assert_close(alone, expected[1:2], rtol=1e-4, atol=1e-4)
+    again = SequenceClassifier(ours.config, n_labels)
     assert load_weights(again, tmp_path).new == ()
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
     with pytest.raises(UserError, match="scores whole texts"):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("family", ["llama", "eurobert"])
+def test_a_row_of_padding_is_scored_without_harm(family):
+    """B8: evaluation fills its last batch up; nothing may be NaN, nor change the other rows."""
+    ours = SequenceClassifier(shape(family), 2).eval()
+    init_weights(ours, 0)
+    init_head(ours, 0)
+    ids = random_ids().clamp(min=3)[:2]
+    with torch.no_grad():
+        both = ours(ids, torch.tensor([ids.shape[1], 0]))
+        alone = ours(ids[:1], torch.tensor([ids.shape[1]]))
+    assert both.isfinite().all()
+    torch.testing.assert_close(both[:1], alone, rtol=1e-5, atol=1e-6)
+    assert ours.head_names == (("score.weight",) if family == "llama" else HEAD)
+
+
+HEAD = ("dense.weight", "dense.bias", "classifier.weight", "classifier.bias")
+
+
 def test_a_classifier_starts_from_a_language_model(tmp_path):
     lm = noisy(shape("gpt2", tie_embeddings=False))
     write_folder(tmp_path, lm)
-    ours = Classifier(lm.config, 2)
+    ours = SequenceClassifier(lm.config, 2)
     score = ours.score.weight.clone()
     with pytest.raises(
         UserError, match=r"score.weight: the weights hold nothing(.|\n)*lm_head.weight: .*asks for nothing"
@@ -496,11 +510,6 @@ def test_a_classifier_starts_from_a_language_model(tmp_path):
     assert torch.equal(ours.score.weight, score)
     assert all(torch.equal(p, lm.get_parameter(n)) for n, p in ours.named_parameters() if n != "score.weight")
     assert read_labels(tmp_path) is None
-
-
-def test_a_bidirectional_classifier_is_refused():
-    with pytest.raises(UserError, match="eurobert model"):
-        config_to_hf(shape("eurobert"), torch.float32, IDS, {}, head="classify")
 
 
 # --- what old weights become -----------------------------------------------------------------------------------------

@@ -248,6 +248,24 @@ def test_a_regression_learns(world: Path, base: Path, tmp_path: Path) -> None:
     assert model.config.num_labels == 1 and model.config.problem_type == "regression"
 
 
+def test_a_bidirectional_model_becomes_a_classifier(world: Path, tmp_path: Path) -> None:
+    """From hidden tokens to manners; stopped in between, the same bits; transformers loads it and nothing is made up."""
+    from transformers import AutoModelForSequenceClassification
+
+    masked = {"objective": "masked", "model": {**SMALL, "causal": False}, "steps": 20, "eval": {"every": 20}}
+    assert train(tmp_path, recipe(world, tmp_path / "masked", **masked)) == 0
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(tmp_path, reward(world, one, tmp_path / "masked", "classify")) == 0
+    assert evaluations(one)[-1]["valid/accuracy"] > 0.7
+    assert train(tmp_path, reward(world, two, tmp_path / "masked", "classify"), "stop_at=50") == 0
+    assert train(tmp_path, reward(world, two, tmp_path / "masked", "classify")) == 0
+    same_run(one, two)
+    with Quiet() as log:
+        model = AutoModelForSequenceClassification.from_pretrained(resolve_model(one))
+    assert not log.said and type(model).__name__ == "EuroBertForSequenceClassification"
+    assert main(["verify", str(resolve_model(one))]) == 0
+
+
 def test_an_evaluation_of_a_classifier_by_hand(world: Path, base: Path, tmp_path: Path) -> None:
     """B5: loss and accuracy over the whole split equal those of single rows in transformers."""
     from transformers import AutoModelForSequenceClassification
