@@ -59,22 +59,29 @@ def flops_per_token(model: GPTConfig, seq_len: int) -> float:
 
 def cost_of(
     model: GPTConfig, *, seq_len: int, micro_tokens: int, precision: str, optimizer: str, loss_chunk: int,
-    activation_checkpointing: bool, ema: bool, momentum: bool = False,
+    activation_checkpointing: bool, ema: bool, momentum: bool = False, n_frozen: int = 0, n_frozen_hidden: int = 0,
 ) -> Cost:  # fmt: skip
     """The cost of training one replica.
 
     Memory of the state is exact, but for AdamW's 4 bytes a tensor; that of activations counts the tensors autograd
     keeps per token and block in eager mode, and is right within a third in fp32. In bf16 on a CPU they are about
-    twice the estimate, since norms and short attention keep fp32 copies there. `momentum`: whether SGD has one.
+    twice the estimate, since norms and short attention keep fp32 copies there.
+
+    Args:
+        momentum: whether SGD has one.
+        n_frozen: parameters that are not trained: they have neither gradient, nor master, average or moments.
+        n_frozen_hidden: those of them that Muon would update.
     """
     count = count_params(model)
-    n_params = count.total
+    n_params, n_trained = count.total, count.total - n_frozen
     width, wide = BYTES[precision], 8 if precision == "fp64" else 4
     # Muon has one moment for each weight of a hidden matrix, and AdamW's two for everything else.
-    moments = {"adamw": 2 * n_params, "muon": 2 * n_params - count.hidden, "sgd": n_params * momentum}[optimizer]
+    n_hidden = count.hidden - n_frozen_hidden
+    moments = {"adamw": 2 * n_trained, "muon": 2 * n_trained - n_hidden, "sgd": n_trained * momentum}[optimizer]
     master = wide if width != wide else 0
-    checkpoint = n_params * (width + master + wide * ema) + wide * moments  # weights, master, average, optimizer
-    state = checkpoint + n_params * wide  # and the gradient
+    # Weights, master, average, optimizer.
+    checkpoint = n_params * width + n_trained * (master + wide * ema) + wide * moments
+    state = checkpoint + n_trained * wide  # and the gradient
     D, F, heads = model.d_model, model.width_of_mlp, (model.n_heads + 2 * model.kv_heads) * model.width_of_head
     gated = model.mlp == "swiglu"  # keeps gate, up, silu(gate) and their product; GPT-2's keeps up and gelu(up)
     block: float = (8 * D + 3 * heads + (4 if gated else 2) * F) * width  # bytes per token

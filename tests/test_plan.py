@@ -12,12 +12,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from llmkit.config import validate
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT, causal_mask, window_of
 from llmkit.plan import BYTES, cost_of, count_params, flops_per_token, peak_flops
+from llmkit.stages.recipes import PretrainRecipe
 from llmkit.training.config import OptimConfig, RunConfig
 from llmkit.training.engine import Engine
+from llmkit.training.freeze import freeze
 from llmkit.training.optim import hidden_matrices, tensor_bytes
+from llmkit.training.setup import cost as cost_of_recipe
 
 GPT2: dict[str, Any] = {
     "positions": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "qkv_bias": True, "o_bias": True, "mlp_bias": True,
@@ -94,6 +98,28 @@ def test_state_is_exact(precision: str, ema: bool, name: str, momentum: float | 
     assert expected.checkpoint_bytes == saved - counters
     assert expected.state_bytes == saved - counters + engine.flat_grad.numel() * engine.flat_grad.element_size()
     assert expected.memory_bytes == expected.state_bytes + expected.activation_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_parameters_cost_their_weights_alone(precision: str, name: str) -> None:
+    """No gradient, master, average or moment, as in a real engine."""
+    config = shape(tie_embeddings=False)
+    data = {
+        "stage": "pretrain", "out": "unused", "data": {"path": "x"}, "model": json.loads(config.model_dump_json()),
+        "precision": precision, "optim": {"name": name, "ema_decay": 0.9}, "freeze": ["embed_tokens", "layers.0"],
+        "batch": {"tokens_per_step": config.max_seq_len},
+    }  # fmt: skip
+    recipe = validate(PretrainRecipe, data)
+    module = GPT(config)
+    freeze(module, recipe.freeze)
+    engine = Engine(module, recipe)
+    saved = sum(tensor_bytes(t.values()) for t in engine.tensors().values())
+    counters = sum(4 for n in engine.optimizer.state_dict() if n.startswith("step."))
+    expected = cost_of_recipe(recipe, config)
+    assert expected.checkpoint_bytes == saved - counters
+    assert expected.state_bytes == saved - counters + engine.flat_grad.numel() * engine.flat_grad.element_size()
+    assert expected.state_bytes < 0.8 * cost(config, precision=precision, optimizer=name, ema=True).state_bytes
 
 
 MEASURE = """

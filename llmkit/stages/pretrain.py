@@ -240,7 +240,8 @@ class PretrainTask:
         ]
         if len(data.train) > 1:
             lines += [f"           {line}" for line in self._consumed(recipe.steps)]
-        return describe_step(recipe, self.model_config, self.tokenizer, loader, lines)
+        costs = cost(recipe, self.model_config)
+        return describe_step(recipe, costs, self.model_config, self.tokenizer, loader, lines)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from llmkit.training.setup import (
     mixture_weights,
     model_config,
     most_rows,
-    plan as plan,  # `llmkit plan` finds it here
+    plan as plan_of,
     refuse_changes,
     row_len,
     rows_per_step,
@@ -43,6 +44,11 @@ def sequence_loss(module: nn.Module, batch: ExampleBatch) -> LossSum:
     """Cross entropy of the class, or squared error of the numbers, as the targets are."""
     scores_BC = module(batch.ids_BT, batch.lengths_B)
     return (regression if batch.targets.is_floating_point() else classification)(scores_BC, batch.targets)
+
+
+def network(config: GPTConfig) -> nn.Module:
+    """The stage's network with one score, for its names and sizes."""
+    return SequenceClassifier(config, 1)
 
 
 class RewardTask:
@@ -63,7 +69,7 @@ class RewardTask:
         self.tokenizer = tokenizer_of(recipe, ctx.should_stop)
         self.model_config = model_config(recipe, self.tokenizer.vocab_size)
         self.row_len = row_len(recipe, self.model_config)
-        require_memory(cost(recipe, self.model_config), ctx.ranks.device)
+        require_memory(cost(recipe, self.model_config, network), ctx.ranks.device)
         words = 6 * (self.model_config.vocab_size or 0) * self.model_config.d_model  # a head that is not there
         self.flops_per_token = flops_per_token(self.model_config, self.row_len) - words
         self.data = _examples(recipe, self.tokenizer, self.row_len, ctx.should_stop)
@@ -179,7 +185,8 @@ class RewardTask:
             f"data       {n_train:,} texts to train on, {n_valid:,} held out; {epochs:.2f} epochs; {judged}; the longest "
             f"has {longest} tokens" + (f"; {n_cut:,} were cut to {self.row_len}" if n_cut else "")
         ]
-        return describe_step(self.recipe, self.model_config, self.tokenizer, loader, lines)
+        costs = cost(self.recipe, self.model_config, network)
+        return describe_step(self.recipe, costs, self.model_config, self.tokenizer, loader, lines)
 
 
 def macro_f1(confusion_CC: np.ndarray[Any, Any]) -> float:
@@ -227,3 +234,8 @@ def prepare(recipe: RewardRecipe) -> bool | None:
         for examples in getattr(data, split):
             print(f"{split:5s} {examples.name}: {len(examples):,} texts, {len(examples.tokens):,} tokens")
     return True
+
+
+def plan(recipe: RewardRecipe) -> Iterator[str]:
+    """`llmkit plan`: what a run would cost, line by line."""
+    return plan_of(recipe, network)

@@ -7,17 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from llmkit.config import UserError
 from llmkit.data.config import DataConfig
 from llmkit.data.loader import RowLoader
 from llmkit.data.texts import obtain_tokenizer
 from llmkit.model.config import GPTConfig
+from llmkit.model.gpt import GPT
 from llmkit.model.hf import read_config
 from llmkit.plan import Cost, cost_of, require_memory
 from llmkit.stages.recipes import ModelRecipe
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.dist import pick_device
+from llmkit.training.freeze import frozen_names
+from llmkit.training.optim import hidden_matrices
 
 # Fields of `model` that may differ from the old model's with `init_from`: no weight changes its meaning with them.
 _FREE = {
@@ -155,10 +161,14 @@ def most_rows(recipe: ModelRecipe, row_len: int) -> int:
     return max(1, (recipe.batch.micro_tokens or 8192) // row_len)
 
 
-def cost(recipe: ModelRecipe, config: GPTConfig) -> Cost:
-    """What training this network costs."""
+Network = Callable[[GPTConfig], nn.Module]  # builds a stage's network of a shape
+
+
+def cost(recipe: ModelRecipe, config: GPTConfig, network: Network = GPT) -> Cost:
+    """What training a network of this shape costs; `network` builds it, to know what `freeze` means."""
     length = row_len(recipe, config)
     rows = rows_per_step(recipe, length)
+    frozen = _frozen(recipe, config, network) if recipe.freeze else {}
     return cost_of(
         config,
         seq_len=length,
@@ -169,7 +179,18 @@ def cost(recipe: ModelRecipe, config: GPTConfig) -> Cost:
         activation_checkpointing=recipe.activation_checkpointing,
         ema=recipe.optim.ema_decay is not None,
         momentum=bool(recipe.optim.momentum),
+        **frozen,
     )
+
+
+def _frozen(recipe: ModelRecipe, config: GPTConfig, network: Network) -> dict[str, int]:
+    """How many parameters are not trained, counted on a network without memory."""
+    with torch.device("meta"):
+        module = network(config)
+    sizes = {name: p.numel() for name, p in module.named_parameters()}
+    frozen = frozen_names(list(sizes), recipe.freeze)
+    hidden = frozen & hidden_matrices(module)
+    return {"n_frozen": sum(sizes[n] for n in frozen), "n_frozen_hidden": sum(sizes[n] for n in hidden)}
 
 
 def mixture_weights(data: DataConfig, n_rows: Sequence[int]) -> list[float]:
@@ -181,10 +202,9 @@ def mixture_weights(data: DataConfig, n_rows: Sequence[int]) -> list[float]:
 
 
 def describe_step(
-    recipe: ModelRecipe, config: GPTConfig, tokenizer: Tokenizer, loader: RowLoader, data: Sequence[str]
+    recipe: ModelRecipe, costs: Cost, config: GPTConfig, tokenizer: Tokenizer, loader: RowLoader, data: Sequence[str]
 ) -> str:
     """The derived numbers of a run, as they are printed at its start; `data`: the lines that tell of its data."""
-    costs = cost(recipe, config)
     accumulation = loader.rows_per_step // (loader.micro_rows * loader.world)
     return "\n".join(
         [
@@ -199,7 +219,7 @@ def describe_step(
     )
 
 
-def plan(recipe: ModelRecipe) -> Iterator[str]:
+def plan(recipe: ModelRecipe, network: Network = GPT) -> Iterator[str]:
     """`llmkit plan`: what a run would cost, line by line, without reading its data.
 
     Raises:
@@ -212,7 +232,7 @@ def plan(recipe: ModelRecipe) -> Iterator[str]:
     else:
         vocab = 261 if section.kind == "byte" else section.vocab_size
     config = model_config(recipe, vocab)
-    costs = cost(recipe, config)
+    costs = cost(recipe, config, network)
     tokens = recipe.steps * recipe.batch.tokens_per_step
     active = f", {costs.n_active_params:,} at work for a token" if config.experts is not None else ""
     yield f"parameters   {costs.n_params:,} ({costs.n_embedding_params:,} in embeddings{active}), {config.family}"
