@@ -21,10 +21,10 @@ from torch import Tensor
 
 from llmkit import storage
 from llmkit.config import Interrupted, UserError
+from llmkit.data.cache import ContentHashes, cache_writable, key_of
 from llmkit.data.config import DataConfig, SourceConfig
 from llmkit.data.loader import PADDING
 from llmkit.data.packing import IGNORE, bucketed
-from llmkit.data.prepare import ContentHashes, cache_writable
 from llmkit.data.sources import Piece, files_of, records, units_of, where as place_of
 from llmkit.data.workers import is_held_out
 from llmkit.tokenizer import Tokenizer
@@ -254,8 +254,7 @@ class _Maker:
             "row_len": self.row_len,
         }
         self.hashes.save()
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-        file = Path(self.cfg.cache_dir) / f"{key}.examples.safetensors"
+        file = Path(self.cfg.cache_dir) / f"{key_of(inputs)[:32]}.examples.safetensors"
         pieces = [piece for unit in units_of(files, source.limit) for piece in unit]
         if not file.is_file():
             rows = [row for n, piece in enumerate(pieces) for row in self._encoded(n, piece, columns)]

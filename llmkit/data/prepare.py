@@ -9,7 +9,6 @@ unit gets a file of signatures first (see `dedup`), and one pass over them decid
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -17,19 +16,18 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, Self, overload
 
 from safetensors.numpy import save
 from tqdm import tqdm
 
 from llmkit import storage
-from llmkit.config import Interrupted, MachineError, UserError
+from llmkit.config import UserError
 from llmkit.data import dedup
+from llmkit.data.cache import ContentHashes, cache_writable, key_of, locked
 from llmkit.data.config import DataConfig, SourceConfig
 from llmkit.data.shards import VERSION, Removed, Shard, TokenShards, write_index
 from llmkit.data.sources import File, Piece, files_of, is_one_text, units_of, where
@@ -38,7 +36,6 @@ from llmkit.data.workers import HELD_OUT, KEPT, Job, SignatureJob, TokenizerLike
 log = logging.getLogger(__name__)
 IN_PROCESS = 4 << 20  # bytes of text below which other processes take longer to start than to help
 _LOG_EVERY_S = 10.0
-_FRESH_NS = 2_000_000_000  # a file younger than this may change again within its time stamp's resolution
 
 
 @dataclass(frozen=True)
@@ -208,7 +205,7 @@ class _Preparation:
             "ends": (bos_id, eos_id),
             "tokenizer": tokenizer.hash,
         }
-        key = _key(inputs)
+        key = key_of(inputs)
         folder = self.cache / key[:32]
         ends = (holdout, frac, bos_id, eos_id, None if verdicts is None else str(verdicts))
         jobs = [
@@ -227,12 +224,12 @@ class _Preparation:
         keys = [w.key for w in held_out]
         verdicts = []
         for n in range(1, len(train) + 1):
-            key = _key([cfg.model_dump(), keys, [w.key for w in train[:n]]])
+            key = key_of([cfg.model_dump(), keys, [w.key for w in train[:n]]])
             verdicts.append(self.cache / "dedup" / f"{key[:32]}.verdicts")
         return _Copies(held_out, train, verdicts)
 
     def _signatures(self, source: SourceConfig, clean: dict[str, Any] | None, how: dict[str, Any]) -> _Work:
-        key = _key({**self._inputs(source, clean), **how})
+        key = key_of({**self._inputs(source, clean), **how})
         folder = self.cache / "dedup" / key[:32]
         told = self.cfg.dedup.model_dump()
         jobs = [
@@ -403,10 +400,6 @@ def _example(piece: Piece, row: int) -> str:
     return where(piece, row)
 
 
-def _key(inputs: Any) -> str:
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
 def _open(plan: _Plan, tokenizer: str) -> TokenShards:
     """The text itself, which must not be empty."""
     shards = plan.open(KEPT, tokenizer)
@@ -428,51 +421,6 @@ def _open(plan: _Plan, tokenizer: str) -> TokenShards:
     return shards
 
 
-# --- content hashes -------------------------------------------------------------------------------------------------
-
-
-class ContentHashes:
-    """SHA-256 of files, remembered by path, size and time stamp; of a stream a hash of what names its content."""
-
-    def __init__(self, cache: Path):
-        self._file = cache / "hashes.json"
-        self._changed = False
-        try:
-            self._known: dict[str, Any] = dict(json.loads(self._file.read_text("utf-8")))
-        except (OSError, ValueError, TypeError):
-            self._known = {}
-
-    def of(self, files: Sequence[File]) -> list[str]:
-        with ThreadPoolExecutor(min(8, len(files))) as pool:
-            return list(pool.map(self._one, files))
-
-    def _one(self, file: File) -> str:
-        if file.kind == "stream":
-            return _key([file.identity, *map(self._of_path, file.parts)])
-        return self._of_path(file.path)
-
-    def _of_path(self, name: str) -> str:
-        try:
-            stat = os.stat(name)
-            path, stamp = os.path.abspath(name), [stat.st_size, stat.st_mtime_ns]
-            known = self._known.get(path)
-            if isinstance(known, list) and known[:2] == stamp:
-                return str(known[2])
-            sha256 = storage.sha256_of(Path(name))
-        except OSError as e:
-            raise UserError(f"{name}: cannot be read: {e.strerror}") from None
-        if time.time_ns() - stat.st_mtime_ns > _FRESH_NS:
-            self._known[path] = [*stamp, sha256]
-            self._changed = True
-        return sha256
-
-    def save(self) -> None:
-        """Remembers them for the next run."""
-        if self._changed:
-            with cache_writable(self._file.parent):
-                storage.replace_file(self._file, json.dumps(self._known))
-
-
 # --- work -----------------------------------------------------------------------------------------------------------
 
 
@@ -489,44 +437,6 @@ def _stamp(file: File) -> list[tuple[int, int]]:
 
 def _n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def cache_writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise MachineError(f"{folder}: the cache cannot be written: {e.strerror or e} (set data.cache_dir)") from None
-
-
-@contextmanager
-def locked(folder: Path, should_stop: Callable[[], bool], shared: bool = False) -> Iterator[None]:
-    """One run at a time writes a folder, or several that share it, each other units of it.
-
-    The lock is the system's: it ends with the process that holds it.
-    """
-    with cache_writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    with lock:
-        take_lock(lock, should_stop, f"{folder}: another run prepares the same data", shared)
-        yield
-
-
-def take_lock(lock: IO[str], should_stop: Callable[[], bool], why: str, shared: bool = False) -> None:
-    """Waits for a file's lock. Raises Interrupted if should_stop() says so meanwhile."""
-    waited = False
-    while True:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if not waited:
-                log.info("%s: waiting for it", why)
-            waited = True
-        if should_stop():
-            raise Interrupted(f"stopped while waiting: {why}")
-        time.sleep(0.2)
 
 
 class _Progress:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llmkit.config import dump
+from llmkit.data.cache import take_lock
 from llmkit.data.config import DataConfig
 from llmkit.data.dedup import digest, normal_form
 from llmkit.data.documents import Account, kept_documents
 from llmkit.data.filters import Cleaner
-from llmkit.data.prepare import take_lock
 from llmkit.data.sources import files_of, is_one_text, units_of
 from llmkit.data.workers import KEPT, split_text
 from llmkit.storage import replace_file
