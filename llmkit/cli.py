@@ -107,22 +107,7 @@ def _recipe_command(commands: Any, name: str, run: Any, text: str) -> None:
     parser.set_defaults(run=run)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="llmkit",
-        description="Trains language models from YAML recipes.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(metavar="command", dest="command")
-    _recipe_command(commands, "train", _train, "run the stage a recipe describes; run again to resume")
-    _recipe_command(
-        commands, "prepare", _prepare, "turn text into token shards (train does it when missing); part=I/N: job I of N"
-    )
-    _recipe_command(commands, "plan", _plan, "parameters, memory, disk and tokens of a recipe, before anything runs")
-
+def _generate_command(commands: Any) -> None:
     generate = commands.add_parser("generate", help="stream text from a model")
     generate.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
     generate.add_argument("--prompt", required=True, help="the text to continue, or what the user says to a chat model")
@@ -151,6 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     generate.set_defaults(run=_generate)
 
+
+def _embed_command(commands: Any) -> None:
     embed = commands.add_parser("embed", help="vectors of texts, nearest neighbours, similar words, analogies")
     embed.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
     embed.add_argument("--text", action="append", default=[], help="a text; several print how near they are")
@@ -180,6 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     embed.set_defaults(run=_embed)
 
+
+def _folder_commands(commands: Any) -> None:
     verify = commands.add_parser("verify", help="check a checkpoint: manifest, hashes, shapes, finite values")
     verify.add_argument("folder", help="a run (all its checkpoints), a checkpoint or a Hugging Face folder")
     verify.set_defaults(run=_verify)
@@ -192,6 +181,26 @@ def build_parser() -> argparse.ArgumentParser:
     average.add_argument("--ema", action="store_true", help="of the averages that training kept (optim.ema_decay)")
     average.set_defaults(run=_average)
 
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="llmkit",
+        description="Trains language models from YAML recipes.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(metavar="command", dest="command")
+    _recipe_command(commands, "train", _train, "run the stage a recipe describes; run again to resume")
+    _recipe_command(
+        commands, "prepare", _prepare, "turn text into token shards (train does it when missing); part=I/N: job I of N"
+    )
+    _recipe_command(commands, "plan", _plan, "parameters, memory, disk and tokens of a recipe, before anything runs")
+
+    _generate_command(commands)
+    _embed_command(commands)
+    _folder_commands(commands)
     schema = commands.add_parser("schema", help="JSON schema of all recipes, for completion in editors")
     schema.set_defaults(run=_schema)
     return parser
