@@ -17,7 +17,7 @@ from kinds import Dice
 CHAT_TRAIN, CHAT_VALID = 115, 17  # rows per kind and language
 HELDOUT, PROMPTS, READING, CHOICES = 22, 34, 110, 24  # the same; reading is one kind
 PREFERENCES, RANKINGS = 140, 180  # pairs per reason and language; rankings per language
-LABELLED_TRAIN, LABELLED_VALID = 300, 50  # per manner and language
+LABELLED_TRAIN, LABELLED_VALID = 110, 40  # per manner and language
 FOLLOW_UPS = {"en": ["Thank you. {q}", "And another one. {q}", "{q}"], "zh": ["谢谢。{q}", "再来一个。{q}", "{q}"]}
 
 

@@ -97,7 +97,7 @@ def test_another_seed_gives_other_data(tmp_path):
 
 def test_files_are_small_clean_jsonl(rows):
     total = sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    assert total <= 4_500_000
+    assert total <= 4_000_000
     assert sorted(p.name for p in DEMO.iterdir()) == sorted(f"{name}.jsonl" for name in FILES)
     for name in FILES:
         raw = (DEMO / f"{name}.jsonl").read_bytes()
@@ -348,7 +348,7 @@ def test_labels_say_the_manner_and_scores_what_the_oracle_says(rows):
     """Balanced labels that agree with the oracle's judgement of manners; no text on both sides."""
     train, valid = rows["labelled_train"], rows["labelled_valid"]
     assert not {r["text"] for r in train} & {r["text"] for r in valid}
-    for split, n in ((train, 300), (valid, 50)):
+    for split, n in ((train, 110), (valid, 40)):
         assert set(Counter((r["label"], r["lang"]) for r in split).values()) == {n}
         by_label = defaultdict(list)
         for row in split:

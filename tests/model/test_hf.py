@@ -168,7 +168,7 @@ def assert_same_logits(ours: GPT, theirs: torch.nn.Module) -> None:
         a, b = ours.logits(ours(ids)), theirs(ids).logits
     assert (a - b).abs().max() <= 1e-4 * b.abs().max()
     # At this std a wrong detail shows: the check would be empty on near-uniform logits.
-    assert b.std() > 0.5
+    assert b.std() > 1.0
 
 
 # --- the same function as transformers ------------------------------------------------------------------------------
