@@ -152,16 +152,17 @@ class PretrainTask:
             epochs = self.loader.epochs(engine.data_step)
             metrics |= {f"epoch/{s.name}": e for s, e in zip(self.data.train, epochs, strict=True)}
         if engine.step == self.recipe.last_step and ctx.ranks.is_main:
-            ctx.log.say("consumed   " + "; ".join(self._consumed(engine.data_step)))
+            ctx.log.say("consumed   " + "; ".join(self._consumed(engine.learnt_windows)))
         return metrics
 
-    def _consumed(self, steps: int) -> list[str]:
-        """What the run has read of each source."""
+    def _consumed(self, windows: list[tuple[int, int]]) -> list[str]:
+        """What those windows of steps hold of each source."""
         assert self.loader is not None
-        counts, epochs = self.loader.counts(steps), self.loader.epochs(steps)
+        per_window = [(self.loader.counts(first), self.loader.counts(end)) for first, end in windows]
+        counts = [sum(b[i] - a[i] for a, b in per_window) for i in range(len(self.data.train))]
         return [
-            f"{s.name}: {n:,} rows of {self.row_len} ({100 * n / max(1, sum(counts)):.1f} %), {e:.2f} epochs"
-            for s, n, e in zip(self.data.train, counts, epochs, strict=True)
+            f"{s.name}: {n:,} rows of {self.row_len} ({100 * n / max(1, sum(counts)):.1f} %), {n / rows:.2f} epochs"
+            for s, n, rows in zip(self.data.train, counts, self.loader.n_rows, strict=True)
         ]
 
     def evaluate(self, engine: Engine, ctx: Context, split: str) -> Metrics | None:
@@ -211,7 +212,7 @@ class PretrainTask:
 
     def files(self, engine: Engine) -> dict[str, bytes]:
         facts = {"stage": "pretrain", "objective": self.recipe.objective, "step": engine.step, **self.facts()}
-        facts["consumed"] = "; ".join(self._consumed(engine.data_step))
+        facts["consumed"] = "; ".join(self._consumed(engine.learnt_windows))
         return model_files(self.model_config, engine.dtype, self.tokenizer, facts)
 
     def facts(self) -> dict[str, Any]:
@@ -239,7 +240,7 @@ class PretrainTask:
             + (f"; {dropped:,} tokens an epoch lie beyond the row length" if dropped else "")
         ]
         if len(data.train) > 1:
-            lines += [f"           {line}" for line in self._consumed(recipe.steps)]
+            lines += [f"           {line}" for line in self._consumed([(0, recipe.steps)])]
         costs = cost(recipe, self.model_config)
         return describe_step(recipe, costs, self.model_config, self.tokenizer, loader, lines)
 

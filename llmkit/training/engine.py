@@ -22,7 +22,7 @@ from llmkit.config import TrainingStopped, UserError
 from llmkit.losses import LossSum
 from llmkit.training.config import RunConfig
 from llmkit.training.dist import Ranks
-from llmkit.training.guard import Guard
+from llmkit.training.guard import Guard, learnt_windows
 from llmkit.training.norms import LayerNorms, NoiseScale
 from llmkit.training.optim import Optimizer, check_named, copy_named, ema_decay, learning_rate
 
@@ -261,6 +261,11 @@ class Engine:
     def data_step(self) -> int:
         """Which step's data comes next: the step itself, and on from it as many windows as rollbacks have left out."""
         return self.step + self.windows_skipped
+
+    @property
+    def learnt_windows(self) -> list[tuple[int, int]]:
+        """Which steps' data the weights have learnt from, [first, end) each."""
+        return learnt_windows(self.data_step, self.guard.events if self.guard is not None else ())
 
     @torch.no_grad()
     def _publish(self, weights: dict[str, Tensor] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from llmkit.training.config import GuardConfig
@@ -152,6 +153,18 @@ class Guard:
         """After a rollback: the windows are those of the checkpoint, what was refused stays as it was before."""
         self.events = list(state["events"])
         self.in_a_row, self.last_refused, self.floor = state["in_a_row"], state["last_refused"], state["floor"]
+
+
+def learnt_windows(stop: int, events: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    """The windows of data before `stop`, [first, end) each, that were learnt from: all but what events left out."""
+    windows, at = [], 0
+    for first, end in sorted(tuple(event["data"]) for event in events):
+        if first > at:
+            windows.append((at, min(first, stop)))
+        at = max(at, end)  # a rollback may leave out what was left out before
+        if at >= stop:
+            break
+    return [(a, b) for a, b in [*windows, (at, stop)] if a < b]
 
 
 def _log(norm: float) -> float:

@@ -34,7 +34,7 @@ from llmkit.storage import checkpoints_of, newest_good
 from llmkit.training.config import GuardConfig, LogConfig, RunConfig
 from llmkit.training.dist import Ranks
 from llmkit.training.engine import Engine, NonFinite, Spike
-from llmkit.training.guard import Guard, Window
+from llmkit.training.guard import Guard, Window, learnt_windows
 
 STOPPED_ITSELF, USER_MISTAKE = 3, 2
 
@@ -436,3 +436,22 @@ def test_all_ranks_skip_alike() -> None:
     assert largest_difference(together[0]["state"], alone["state"]) <= 1e-12
     assert together[0]["watched"] == together[1]["watched"] == pytest.approx(alone["watched"], rel=1e-9)
     assert {"noise/scale_tokens", "norms/weight/grad"} <= alone["watched"].keys()
+
+
+@pytest.mark.parametrize(
+    ("left_out", "learnt"),
+    [
+        ([], [(0, 20)]),
+        ([[3, 4]], [(0, 3), (4, 20)]),
+        ([[0, 5], [5, 6]], [(6, 20)]),
+        ([[12, 13], [8, 15]], [(0, 8), (15, 20)]),
+        ([[18, 25]], [(0, 18)]),
+        ([[2, 9], [4, 6], [9, 10]], [(0, 2), (10, 20)]),
+    ],
+)
+def test_what_was_learnt_from_is_all_but_what_was_left_out(left_out, learnt) -> None:
+    """Windows may overlap: a rollback leaves out again what a skip left out before it. Brute force as well."""
+    windows = learnt_windows(20, [{"data": w} for w in left_out])
+    assert windows == learnt
+    kept = {k for a, b in windows for k in range(a, b)}
+    assert kept == {k for k in range(20) if not any(a <= k < b for a, b in left_out)}
