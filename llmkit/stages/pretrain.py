@@ -236,7 +236,7 @@ class PretrainTask:
         dropped = loader.rows.dropped_tokens if isinstance(loader.rows, TextRows) else 0
         lines = [
             f"data       {train:,} tokens to train on, {valid:,} held out; "
-            f"{recipe.steps * recipe.batch.tokens_per_step / train:.2f} epochs"
+            f"{recipe.steps * rows_per_step(recipe, self.row_len) * self.row_len / train:.2f} epochs"
             + (f"; {dropped:,} tokens an epoch lie beyond the row length" if dropped else "")
         ]
         if len(data.train) > 1:

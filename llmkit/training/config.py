@@ -15,6 +15,8 @@ class BatchConfig(Config):
 
     tokens_per_step: int = Field(16384, ge=1, le=1 << 30)
     """Tokens of one optimizer step; with rows of a fixed length, a multiple of that length."""
+    examples_per_step: int | None = Field(None, ge=1, le=1 << 24)
+    """Rows of one optimizer step, whatever their length: texts, pairs, packs. Set, it replaces tokens_per_step."""
     micro_tokens: int | None = Field(None, ge=1, le=1 << 24)
     """Most tokens of one forward pass on one rank. Default: min(8192, the rank's share). Changes memory, not results."""
     max_len: int | None = Field(None, ge=2)

@@ -139,6 +139,8 @@ def row_len(recipe: ModelRecipe, config: GPTConfig) -> int:
 
 def rows_per_step(recipe: ModelRecipe, row_len: int) -> int:
     """Rows of one optimizer step. Raises UserError unless they make up tokens_per_step exactly."""
+    if recipe.batch.examples_per_step is not None:
+        return recipe.batch.examples_per_step
     tokens = recipe.batch.tokens_per_step
     if tokens % row_len:
         below, above = tokens // row_len * row_len, (tokens // row_len + 1) * row_len
@@ -211,8 +213,8 @@ def describe_step(
             f"model      {config.family}, {costs.n_params / 1e6:.2f} M parameters ({costs.n_embedding_params / 1e6:.2f} M "
             f"embeddings), vocabulary {config.vocab_size} for a tokenizer of {tokenizer.vocab_size}",
             *data,
-            f"step       {recipe.batch.tokens_per_step:,} tokens = {loader.world} rank(s) x {accumulation} micro-batch(es) "
-            f"x {loader.micro_rows} rows x {loader.row_len}; {recipe.steps} steps",
+            f"step       {rows_per_step(recipe, loader.row_len) * loader.row_len:,} tokens = {loader.world} rank(s) x "
+            f"{accumulation} micro-batch(es) x {loader.micro_rows} rows x {loader.row_len}; {recipe.steps} steps",
             f"memory     {costs.state_bytes / 1e6:.0f} MB weights, gradients and optimizer + about "
             f"{costs.activation_bytes / 1e6:.0f} MB activations; checkpoint {costs.checkpoint_bytes / 1e6:.0f} MB",
         ]
@@ -233,10 +235,12 @@ def plan(recipe: ModelRecipe, network: Network = GPT) -> Iterator[str]:
         vocab = 261 if section.kind == "byte" else section.vocab_size
     config = model_config(recipe, vocab)
     costs = cost(recipe, config, network)
-    tokens = recipe.steps * recipe.batch.tokens_per_step
+    length = row_len(recipe, config)
+    step_tokens = rows_per_step(recipe, length) * length
+    tokens = recipe.steps * step_tokens
     active = f", {costs.n_active_params:,} at work for a token" if config.experts is not None else ""
     yield f"parameters   {costs.n_params:,} ({costs.n_embedding_params:,} in embeddings{active}), {config.family}"
-    yield f"tokens       {tokens:,} in {recipe.steps:,} steps of {recipe.batch.tokens_per_step:,}"
+    yield f"tokens       {tokens:,} in {recipe.steps:,} steps of {step_tokens:,}"
     yield f"work         {costs.flops_per_token * tokens:.3g} FLOP ({costs.flops_per_token:.3g} a token)"
     yield (
         f"memory       {costs.memory_bytes / 1e9:.3f} GB: {costs.state_bytes / 1e9:.3f} weights, gradients and "

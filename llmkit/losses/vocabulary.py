@@ -1,36 +1,19 @@
-"""Losses: pure functions, tensors in, sums out. The engine divides once, by the count of the whole optimizer step.
+"""Losses over the next token: cross entropy without the logits ever being whole.
 
-Shapes: N supervised positions, D width, V vocabulary, B rows, T positions.
+Shapes: N supervised positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmkit.losses.base import IGNORE, LossSum
+
 _ROWS = 4096  # of the output embedding whose gradient is made at once
-IGNORE = -100  # label of a position that is not trained on
-
-
-@dataclass(frozen=True)
-class LossSum:
-    """What a loss function hands the engine: sums over its micro-batch, not means.
-
-    `total` is differentiated; `parts` are detached sums that are shown, divided by the same denominator; `stats` are
-    detached sums that are divided by nothing, such as how many tokens each expert got: the engine adds them up over the
-    whole step, micro-batches and ranks, and keeps them as `engine.stats`, for the task to use as constants of the next.
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    stats: dict[str, Tensor] = field(default_factory=dict)
-
-
-# --- cross entropy over a vocabulary ----------------------------------------------------------------------------------
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -133,49 +116,3 @@ def linear_cross_entropy(
     total, ce, z, right = _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, z_loss, chunk, train, accuracy)
     parts = {"loss": ce} | ({"z_loss": z_loss * z} if z_loss else {}) | ({"accuracy": right} if accuracy else {})
     return LossSum(total, parts)
-
-
-# --- one label a sequence --------------------------------------------------------------------------------------------
-
-
-def classification(scores_BC: Tensor, labels_B: Tensor) -> LossSum:
-    """Sum over rows of -log softmax(scores)[label], in fp32 or better.
-
-    Args:
-        scores_BC: one score for each class.
-        labels_B: int64, the right class; IGNORE for a row of padding.
-
-    Returns:
-        parts `loss` and `accuracy`; stats `confusion` [C, C], how often each class (row) was taken for which (column).
-    """
-    n_classes = scores_BC.shape[1]
-    keep_B = labels_B != IGNORE
-    scores_NC, labels_N = scores_BC[keep_B], labels_B[keep_B]
-    wide = torch.promote_types(scores_NC.dtype, torch.float32)
-    total = F.cross_entropy(scores_NC.to(wide), labels_N, reduction="sum")
-    predicted_N = scores_NC.argmax(-1)
-    cells_N = labels_N * n_classes + predicted_N
-    confusion_CC = torch.bincount(cells_N, minlength=n_classes * n_classes).view(n_classes, n_classes)
-    right = (predicted_N == labels_N).sum()
-    return LossSum(total, {"loss": total.detach(), "accuracy": right}, {"confusion": confusion_CC})
-
-
-def regression(scores_BK: Tensor, targets_BK: Tensor) -> LossSum:
-    """Sum over rows of (score - target)^2 / 2, in fp32 or better; a row whose targets are NaN is padding.
-
-    Returns:
-        parts `loss`, and `abs_error`, the sum of |score - target|.
-    """
-    keep_B = ~targets_BK.isnan().any(-1)
-    wide = torch.promote_types(scores_BK.dtype, torch.float32)
-    scores_NK, targets_NK = scores_BK[keep_B].to(wide), targets_BK[keep_B].to(wide)
-    out = squared_error(scores_NK, targets_NK)
-    return LossSum(out.total, {**out.parts, "abs_error": (scores_NK - targets_NK).detach().abs().sum()})
-
-
-def squared_error(prediction: Tensor, target: Tensor) -> LossSum:
-    """Sum of (prediction - target)^2 / 2 over all elements, which must have one shape (no silent broadcasting)."""
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    total = (prediction - target).square().sum() / 2
-    return LossSum(total, {"loss": total.detach()})

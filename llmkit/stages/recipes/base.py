@@ -1,0 +1,40 @@
+"""What the recipes of all stages that train a network share."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import model_validator
+
+from llmkit.data.config import DataConfig
+from llmkit.model.config import GPTConfig
+from llmkit.tokenizer.config import TokenizerConfig
+from llmkit.training.config import RunConfig
+
+
+class ModelRecipe(RunConfig):
+    """What the stages that train a network on text share."""
+
+    tokenizer: TokenizerConfig | None = None
+    """A folder to load it from, or how to train one on the same data; it is kept in `out/tokenizer`. Default: with
+    `init_from` the old model's; else byte pair encoding with the section's own defaults."""
+    data: DataConfig
+    model: GPTConfig | None = None
+    """The network. Left out with `init_from`: the old model's."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.model is None and self.init_from is None:
+            raise ValueError("give `model`, or `init_from` to go on from old weights")
+        if self.model is not None and self.batch.max_len is not None and self.batch.max_len > self.model.max_seq_len:
+            raise ValueError(
+                f"batch.max_len ({self.batch.max_len}) is above model.max_seq_len ({self.model.max_seq_len}): lower it"
+            )
+        return self
+
+    @property
+    def text_tokenizer(self) -> TokenizerConfig:
+        """The tokenizer's section, or what its absence means."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        return TokenizerConfig(path=self.init_from) if self.init_from is not None else TokenizerConfig()
