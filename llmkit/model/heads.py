@@ -1,4 +1,4 @@
-"""A decoder with scalar outputs instead of a vocabulary: classification, regression, and later rewards and values.
+"""A decoder with scalar outputs instead of a vocabulary: classes, numbers, rewards and values.
 
 Shapes as in `gpt`; C scores of a row.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.model.config import GPTConfig
-from llmkit.model.gpt import Decoder
+from llmkit.model.gpt import GPT, Decoder
 from llmkit.model.layouts import use_layout
 
 
@@ -41,6 +41,13 @@ class SequenceClassifier(nn.Module):
         """The parameters that are no decoder's: what a language model's folder doesn't hold."""
         return tuple(name for name, _ in self.named_parameters() if not name.startswith("model."))
 
+    def at_tokens(self, ids_BT: Tensor) -> Tensor:
+        """A causal model's scores at every token [B, T, C], each from the tokens up to it; rows are padded on the right."""
+        assert self.config.causal, "only of a causal model has every token a score of its own"
+        T = ids_BT.shape[1]
+        columns_1T = torch.arange(T, device=ids_BT.device)[None]
+        return self.score(self.model(ids_BT, columns_1T, None, T > 1, None))
+
     def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Scores [B, C].
 
@@ -61,11 +68,28 @@ class SequenceClassifier(nn.Module):
         return self.classifier(F.gelu(self.dense(mean_BD.to(hidden_BTD.dtype))))
 
 
-def init_head(model: SequenceClassifier, seed: int) -> None:
-    """The head alone: matrices normal, std 1 / sqrt(D + 1) (Ziegler et al. 2019, arXiv 1909.08593); biases 0."""
+class ActorCritic(nn.Module):
+    """A policy and the model that estimates its value, trained together: one optimizer, one checkpoint, one engine.
+
+    They share no parameter. In a checkpoint the critic is a model of its own, in the folder `critic/`.
+    """
+
+    def __init__(self, actor: GPT, critic: SequenceClassifier):
+        super().__init__()
+        self.actor, self.critic = actor, critic
+
+    @property
+    def folders(self) -> tuple[tuple[str, nn.Module], ...]:
+        """Where in a checkpoint each of the two lies."""
+        return ("", self.actor), ("critic/", self.critic)
+
+
+def init_head(model: SequenceClassifier, seed: int, zero: bool = False) -> None:
+    """The head alone: matrices normal, std 1 / sqrt(D + 1), or zero as for values (Ziegler et al. 2019, arXiv
+    1909.08593); biases 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in model.head_names:
             p = model.get_parameter(name)
-            std = 1 / math.sqrt(p.shape[-1] + 1) if p.dim() == 2 else 0.0
+            std = 1 / math.sqrt(p.shape[-1] + 1) if p.dim() == 2 and not zero else 0.0
             p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0.0, 1.0, generator=generator) * std)

@@ -17,17 +17,16 @@ from llmkit.data.shards import TokenShards
 from llmkit.inference.generate import generate
 from llmkit.model.config import GPTConfig
 from llmkit.model.files import model_files
-from llmkit.model.gpt import GPT, init_weights
-from llmkit.model.weights import load_weights
+from llmkit.model.gpt import GPT
 from llmkit.plan import flops_per_token, require_memory
 from llmkit.stages.recipes import PretrainRecipe
-from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.engine import Engine, Metrics, seed_of
-from llmkit.training.loop import Context, Outcome, Stop, train
+from llmkit.training.loop import Context, Outcome, Stop, Task, train
 from llmkit.training.setup import (
     cost,
     describe_step,
+    language_model,
     micro_rows,
     mixture_weights,
     model_config,
@@ -49,7 +48,7 @@ from llmkit.training.supervised import (
 )
 
 
-class PretrainTask:
+class PretrainTask(Task):
     """What the loop asks of pretraining."""
 
     def __init__(self, recipe: PretrainRecipe):
@@ -88,12 +87,7 @@ class PretrainTask:
 
     def build(self, ctx: Context) -> nn.Module:
         recipe, config = self.recipe, self.model_config
-        model = GPT(config, recipe.activation_checkpointing)
-        if recipe.init_from is None:
-            init_weights(model, recipe.seed)
-        else:
-            folder, n_tokens = resolve_model(recipe.init_from), self.tokenizer.vocab_size
-            ctx.log.say(f"init_from  {load_weights(model, folder, n_tokens=n_tokens)}")
+        model = language_model(recipe, config, self.tokenizer.vocab_size, ctx.log.say)
         self.loader = self._loader(self.data.train, ctx)
         self.held_out = {"valid": self.data.valid, "test": self.data.test}
         self.bytes_of_token: Tensor = byte_lengths(self.tokenizer, config.vocab_size or 0)
@@ -222,7 +216,7 @@ class PretrainTask:
         """Facts, and the experts' load: the order of the data is a function of the step."""
         return {**self.facts(), LOAD: None if self.expert_load is None else self.expert_load.tolist()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Refuses to go on with other data or another tokenizer."""
         refuse_changes(self.recipe, self.facts(), state)
         self.expert_load = None if state[LOAD] is None else torch.tensor(state[LOAD], dtype=torch.int64)

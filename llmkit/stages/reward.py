@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from llmkit.config import Interrupted
 from llmkit.data.examples import ExampleBatch, ExampleRows, Examples, LabelledData, prepare_examples
@@ -23,7 +23,7 @@ from llmkit.stages.recipes import RewardRecipe
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.engine import Engine, Metrics, seed_of
-from llmkit.training.loop import Context, Outcome, Stop, train
+from llmkit.training.loop import Context, Outcome, Stop, Task, train
 from llmkit.training.setup import (
     cost,
     describe_step,
@@ -51,7 +51,7 @@ def network(config: GPTConfig) -> nn.Module:
     return SequenceClassifier(config, 1)
 
 
-class RewardTask:
+class RewardTask(Task):
     """What the loop asks of a classifier or a regression."""
 
     def __init__(self, recipe: RewardRecipe):
@@ -170,7 +170,7 @@ class RewardTask:
         """Nothing but facts: the order of the data is a function of the step."""
         return self.facts()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Refuses to go on with other data or another tokenizer."""
         refuse_changes(self.recipe, self.facts(), state)
 

@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -152,10 +153,11 @@ class Checkpointer:
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
+        self._buffers = {file: self._buffers.get(file, {}) for file in tensors}
         for file, source in tensors.items():
-            buffers = self._buffers.setdefault(file, {})
+            buffers = self._buffers[file] = {n: b for n, b in self._buffers[file].items() if n in source}
             for name, t in source.items():
-                if name not in buffers:
+                if name not in buffers or buffers[name].shape != t.shape or buffers[name].dtype != t.dtype:
                     buffers[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.device.type == "cuda")
                 buffers[name].copy_(t, non_blocking=True)
         if any(t.device.type == "cuda" for source in tensors.values() for t in source.values()):
@@ -168,11 +170,13 @@ class Checkpointer:
             self._error = e
 
     def _write(self, step: int, blobs: dict[str, bytes], facts: dict[str, Any], keep_also: Collection[int]) -> None:
-        files = dict(self._buffers)
-        shards = shard("model.safetensors", files.pop("model.safetensors"))
-        if len(shards) > 1:
-            blobs = {**blobs, "model.safetensors.index.json": index_of(shards)}
-        files = {**shards, **files}
+        files: dict[str, Tensors] = {}
+        for file, tensors in self._buffers.items():
+            shards = shard(file, tensors) if file.rpartition("/")[2] == "model.safetensors" else {file: tensors}
+            if len(shards) > 1:
+                names = {name.rpartition("/")[2]: part for name, part in shards.items()}
+                blobs = {**blobs, f"{file}.index.json": index_of(names)}
+            files |= shards
         size = sum(len(b) for b in blobs.values()) + (1 << 16)
         size += sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
         final = self.run / "checkpoints" / step_name(step)
@@ -213,6 +217,6 @@ def load(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     tensors: dict[str, Tensors] = {}
     for file in sorted(folder.rglob("*.safetensors")):
         name = file.relative_to(folder).as_posix()
-        group = "model.safetensors" if name.startswith("model-") else name
+        group = re.sub(r"model-\d+-of-\d+\.safetensors$", "model.safetensors", name)
         tensors.setdefault(group, {}).update(read_tensors(file))
     return tensors, json.loads((folder / "trainer_state" / "state.json").read_bytes())

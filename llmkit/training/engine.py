@@ -12,7 +12,7 @@ import ctypes
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from llmkit.config import TrainingStopped, UserError
 from llmkit.losses import LossSum
+from llmkit.model.saving import load_saved, saved_tensors
 from llmkit.training.config import RunConfig
 from llmkit.training.dist import Ranks
 from llmkit.training.guard import Guard, learnt_windows
 from llmkit.training.norms import LayerNorms, NoiseScale
-from llmkit.training.optim import Optimizer, check_named, copy_named, ema_decay, learning_rate
+from llmkit.training.optim import Optimizer, Part, check_named, copy_named, ema_decay, learning_rate
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 Metrics = dict[str, float]
@@ -86,13 +87,16 @@ def seed_of(*parts: int | str) -> int:
 class Engine:
     """Computes one optimizer step from micro-batches. Knows tensors and losses, no data and no stages."""
 
-    def __init__(self, module: nn.Module, config: RunConfig, ranks: Ranks | None = None):
+    def __init__(
+        self, module: nn.Module, config: RunConfig, ranks: Ranks | None = None, parts: Sequence[Part] | None = None
+    ):
         """Takes over a module with its initial weights.
 
         Args:
             module: any module; parameters that require no gradient stay as they are.
             config: precision, optimizer, seed and number of steps are read from it.
             ranks: default: this process alone.
+            parts: what has a rate and a clip of its own; each stands together in the module. Default: all is one part.
         """
         self.config = config
         self.ranks = ranks or Ranks()
@@ -114,7 +118,11 @@ class Engine:
         self._first = dict.fromkeys(trained, True)
         for name, p in trained.items():
             p.register_post_accumulate_grad_hook(self._collector(name))
-        self.optimizer = Optimizer(config.optim, self.masters, self.module)
+        self.parts = (Part("", 1.0, config.optim.clip),) if parts is None else tuple(parts)
+        self.optimizer = Optimizer(config.optim, self.masters, self.module, self.parts)
+        owners = {n: next(p.prefix for p in self.parts if n.startswith(p.prefix)) for n in trained}
+        sizes = [sum(t.numel() for n, t in trained.items() if owners[n] == p.prefix) for p in self.parts]
+        self._flat_parts = dict(zip((p.prefix for p in self.parts), self.flat_grad.split(sizes), strict=True))
         self.ema = {n: t.clone() for n, t in self.masters.items()} if config.optim.ema_decay else {}
         self.loss_scale, self.good_steps = (2.0**16 if config.precision == "fp16" else 1.0), 0
         self.guard = Guard(config.guard, config.save_every) if config.guard.action != "none" else None
@@ -139,7 +147,11 @@ class Engine:
         return collect
 
     def update(
-        self, batches: Sequence[MicroBatch], loss_fn: LossFn, accept: Callable[[Metrics], bool] | None = None
+        self,
+        batches: Sequence[MicroBatch],
+        loss_fn: LossFn,
+        accept: Callable[[Metrics], bool] | None = None,
+        resting: Collection[str] = (),
     ) -> Metrics:
         """One optimizer step: forward and backward of every micro-batch, reduction over ranks, clip, update.
 
@@ -147,10 +159,11 @@ class Engine:
             batches: this rank's micro-batches; those of all ranks together are the step's batch.
             loss_fn: sums over a micro-batch (see `losses.LossSum`).
             accept: sees the reduced metrics before anything changes; False leaves weights and optimizer untouched.
+            resting: prefixes of the parts that this step leaves as they are.
 
         Returns:
             `loss` (and the loss function's other parts) per unit of the denominator, `grad_norm` before the clip, `lr`,
-            and `denominator`.
+            and `denominator`; with several parts `grad_norm` is the norm over all, and each has its own.
 
         Raises:
             Refused: if loss or gradient is not finite on any rank, or the guard objects: raised on all of them, before
@@ -183,11 +196,16 @@ class Engine:
         for name, untouched in self._first.items():
             if untouched:  # no micro-batch of this rank reached the parameter
                 self.grads[name].zero_()
+        for prefix in resting:
+            self._flat_parts[prefix].zero_()
         self.ranks.sum_(self.flat_grad)
         self.stats = {name: self.ranks.sum_(value.contiguous()) for name, value in stats.items()}
         sums = self.ranks.sum_numbers(*(v.item() for v in parts.values()))
         metrics: Metrics = {name: s / denominator for name, s in zip(parts, sums, strict=True)}
         metrics["grad_norm"] = torch.linalg.vector_norm(self.flat_grad).item() / self.loss_scale
+        if len(self.parts) > 1:
+            for prefix, flat in self._flat_parts.items():
+                metrics[f"{prefix.rstrip('.')}/grad_norm"] = torch.linalg.vector_norm(flat).item() / self.loss_scale
         metrics["lr"] = learning_rate(self.config.optim, self.step, self.config.steps)
         metrics["denominator"] = denominator
         finite = all(math.isfinite(v) for v in metrics.values())
@@ -203,7 +221,7 @@ class Engine:
         elif accept is None or accept(metrics):
             if self.noise is not None:
                 self.watched |= self.noise.update(denominator, metrics["grad_norm"] ** 2, self.loss_scale / denominator)
-            self._apply(metrics)
+            self._apply(metrics, resting)
             if self.guard is not None:
                 self.guard.accept(self.step + 1, metrics["loss"], metrics["grad_norm"])
         return {**metrics, **self._finish_step()}
@@ -234,15 +252,16 @@ class Engine:
         guard.refuse({"step": failure.step, "action": "skip", "why": str(failure), "data": [window, window + 1]})
         self.refused.append(failure)
 
-    def _apply(self, metrics: Metrics) -> None:
+    def _apply(self, metrics: Metrics, resting: Collection[str]) -> None:
         every = self.config.log.norms_every
         due = every is not None and (self.step + 1) % every == 0
         norms = LayerNorms(self.masters, self.grads, self.loss_scale) if due else None
-        clip, norm = self.config.optim.clip, metrics["grad_norm"]
-        factor = (clip / norm if clip is not None and norm > clip else 1.0) / self.loss_scale
-        if factor != 1.0:
-            self.flat_grad.mul_(factor)
-        self.optimizer.step(self.grads, metrics["lr"])
+        for part in self.parts:
+            norm = metrics["grad_norm" if len(self.parts) == 1 else f"{part.prefix.rstrip('.')}/grad_norm"]
+            factor = (part.clip / norm if part.clip is not None and norm > part.clip else 1.0) / self.loss_scale
+            if factor != 1.0:
+                self._flat_parts[part.prefix].mul_(factor)
+        self.optimizer.step(self.grads, metrics["lr"], resting)
         self._publish()
         if self.ema:
             decay = ema_decay(self.config.optim, self.step)
@@ -299,7 +318,7 @@ class Engine:
         The model under the names and in the layout of its `state_dict`, which is what Hugging Face's class expects;
         optimizer, masters and average under our own parameters' names. Views, but where a layout must be converted.
         """
-        files: dict[str, dict[str, Tensor]] = {"model.safetensors": _without_aliases(self.module.state_dict())}
+        files = saved_tensors(self.module)
         files["trainer_state/optimizer.safetensors"] = self.optimizer.state_dict()
         if self.dtype != self.flat_grad.dtype:
             files["trainer_state/master.safetensors"] = self.masters
@@ -327,31 +346,12 @@ class Engine:
         for file, mine in own.items():
             check_named(mine, tensors[file], file)
         for file, mine in own.items():
-            if file != "model.safetensors":
+            if file.startswith("trainer_state/"):
                 copy_named(mine, tensors[file])
-        whole = self.module.state_dict()
-        kept = {_place(t): name for name, t in _without_aliases(whole).items()}
-        given = tensors["model.safetensors"]
-        self.module.load_state_dict({n: given[n if n in given else kept[_place(t)]] for n, t in whole.items()})
+        load_saved(self.module, tensors)
         self.step, self.windows_skipped = state["step"], state["windows_skipped"]
         self.loss_scale, self.good_steps = state["loss_scale"], state["good_steps"]
         if self.guard is not None and state["guard"] is not None:
             self.guard.load(state["guard"])
         if self.noise is not None and state["noise"] is not None:
             self.noise.load(state["noise"])
-
-
-def _place(t: Tensor) -> tuple[Any, ...]:
-    """The same for two tensors exactly if they are the same numbers in memory."""
-    return t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
-
-
-def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which a tensor that has two names (tied weights) is there once, under the first."""
-    places: set[tuple[Any, ...]] = set()
-    kept = {}
-    for name, t in state.items():
-        if t.numel() == 0 or _place(t) not in places:
-            places.add(_place(t))
-            kept[name] = t
-    return kept

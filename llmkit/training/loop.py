@@ -49,7 +49,7 @@ from llmkit.training.task import Context, Outcome, Stop, Task
 
 __all__ = ["Context", "Outcome", "Stop", "Task", "train"]
 
-STATE = "trainer_state/state.json"
+STATE, TASK = "trainer_state/state.json", "trainer_state/task.safetensors"
 # Keys that may differ on resume without a word: they change neither the samples nor what is optimised.
 _FREE_KEYS = ("out", "stop_at", "allow_changes", "save.", "log.", "eval.samples.", "data.workers", "data.cache_dir")
 
@@ -149,7 +149,7 @@ class _Run:
             self.log.say(told)
         if self.config.compile:
             module.compile()
-        self.engine = Engine(module, self.config, self.ranks)
+        self.engine = Engine(module, self.config, self.ranks, self.task.parts)
         self._resume()
         if self.ranks.is_main:
             state = sum(tensor_bytes(t.values()) for t in self.engine.tensors().values())
@@ -226,11 +226,12 @@ class _Run:
     def _load(self, folder: Path) -> dict[str, Any]:
         """Puts everything back to where a checkpoint stands, the logs too; returns its state.json."""
         tensors, state = checkpoint.load(folder)
+        own = tensors.pop(TASK, {})
         try:
             self.engine.load(tensors, state["engine"])
         except ValueError as e:
             raise UserError(f"{folder}: does not fit this recipe: {e}") from None
-        self.task.load_state_dict(state["task"])
+        self.task.load_state_dict(state["task"], own)
         self.progress = Progress(**state["progress"])
         self.log.cut(state["log"])
         self.saved_step = self.engine.step
@@ -274,7 +275,11 @@ class _Run:
             return Outcome.PAUSED
         self._profile(profiling)
         started = time.perf_counter()
-        metrics = self.task.step(engine, self.ctx)
+        try:
+            metrics = self.task.step(engine, self.ctx)
+        except Interrupted:
+            self._save()
+            return Outcome.PREEMPTED
         for failure in engine.refused:
             self._dump(failure)
             self.log.say(f"step {failure.step} was left out")
@@ -388,6 +393,8 @@ class _Run:
             return
         started = time.perf_counter()
         tensors, guard = self.engine.tensors(), self.engine.guard
+        if own := self.task.tensors():
+            tensors[TASK] = own
         if bad := checkpoint.non_finite(tensors):
             raise NonFinite(step, {"weights": math.nan}, bad)
         self.saved_step = step

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -65,16 +66,30 @@ def hidden_matrices(module: nn.Module) -> set[str]:
     return {n for n in decayed_names(module) if not n.endswith(_OUTPUT_HEADS)}
 
 
+@dataclass(frozen=True)
+class Part:
+    """The parameters whose names begin with `prefix`: they have a rate and a clip of their own."""
+
+    prefix: str
+    lr_scale: float = 1.0
+    """Their rate as a share of the schedule's."""
+    clip: float | None = None
+    """Largest L2 norm of their gradient; None: any."""
+
+
 class Optimizer:
     """AdamW, SGD or Muon on a fixed set of named tensors. Its state is named after the parameters, never numbered."""
 
-    def __init__(self, config: OptimConfig, weights: dict[str, Tensor], module: nn.Module):
+    def __init__(
+        self, config: OptimConfig, weights: dict[str, Tensor], module: nn.Module, parts: Sequence[Part] = (Part(""),)
+    ):
         """Sets up zero state.
 
         Args:
             config: the recipe's section.
             weights: master weights by name; updated in place by `step`.
             module: tells which of the names are embeddings, norms or hidden matrices.
+            parts: what has rates of its own; together they hold every name, each once.
         """
         self.config = config
         self.weights = weights
@@ -82,12 +97,18 @@ class Optimizer:
         muon = hidden_matrices(module) & weights.keys() if config.name == "muon" else set()
         sgd = set(weights) if config.name == "sgd" else set()
         adam = [n for n in weights if n not in muon and n not in sgd]
-        self.groups = {  # name of the group -> (its parameters, its weight decay)
+        kinds = {  # name of the group -> (its parameters, its weight decay)
             "muon": ([n for n in weights if n in muon], config.weight_decay),
             "sgd/decay": ([n for n in weights if n in sgd and n in decayed], config.weight_decay),
             "sgd": ([n for n in weights if n in sgd and n not in decayed], 0.0),
             "adamw/decay": ([n for n in adam if n in decayed], config.weight_decay),
             "adamw": ([n for n in adam if n not in decayed], 0.0),
+        }
+        self.parts = {part.prefix: part for part in parts}
+        self.groups = {
+            f"{kind}@{prefix}" if prefix else kind: ([n for n in names if n.startswith(prefix)], decay)
+            for prefix in self.parts
+            for kind, (names, decay) in kinds.items()
         }
         self.momentum = config.momentum if config.momentum is not None else (0.95 if muon else 0.0)
         self.state: dict[str, dict[str, Tensor]] = {}
@@ -98,18 +119,21 @@ class Optimizer:
             self.state["momentum"] = {n: torch.zeros_like(weights[n]) for n in sorted(muon | sgd)}
 
     @torch.no_grad()
-    def step(self, grads: dict[str, Tensor], lr: float) -> None:
-        """One update from gradients of the same names and dtype as the weights."""
+    def step(self, grads: dict[str, Tensor], lr: float, resting: Collection[str] = ()) -> None:
+        """One update from gradients of the same names and dtype as the weights; parts that rest stay wholly as they are:
+        neither momentum nor decay moves them."""
         for group, (names, decay) in self.groups.items():
-            if not names:
+            prefix = group.partition("@")[2]
+            if not names or prefix in resting:
                 continue
+            rate = lr * self.parts[prefix].lr_scale
             weights, g = [self.weights[n] for n in names], [grads[n] for n in names]
             if group.startswith("adamw"):
-                self._adamw(names, weights, g, lr, decay)
+                self._adamw(names, weights, g, rate, decay)
             elif group.startswith("sgd"):
-                self._sgd(names, weights, g, lr, decay)
+                self._sgd(names, weights, g, rate, decay)
             else:
-                self._muon(names, weights, g, lr, decay)
+                self._muon(names, weights, g, rate, decay)
 
     def _adamw(self, names: list[str], weights: list[Tensor], grads: list[Tensor], lr: float, decay: float) -> None:
         # The kernel behind torch.optim.AdamW(fused=True), called directly: importing torch.optim's class pulls in

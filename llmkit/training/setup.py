@@ -15,13 +15,15 @@ from llmkit.data.config import DataConfig
 from llmkit.data.loader import RowLoader
 from llmkit.data.texts import obtain_tokenizer
 from llmkit.model.config import GPTConfig
-from llmkit.model.gpt import GPT
+from llmkit.model.gpt import GPT, init_weights
 from llmkit.model.hf import read_config
+from llmkit.model.weights import load_model, load_weights
 from llmkit.plan import Cost, cost_of, require_memory
 from llmkit.stages.recipes import ModelRecipe
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.dist import pick_device
+from llmkit.training.engine import PRECISIONS
 from llmkit.training.freeze import frozen_names
 from llmkit.training.optim import hidden_matrices
 
@@ -162,6 +164,26 @@ def most_rows(recipe: ModelRecipe, row_len: int) -> int:
     """Rows that micro_tokens hold."""
     return max(1, (recipe.batch.micro_tokens or 8192) // row_len)
 
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def language_model(recipe: ModelRecipe, config: GPTConfig, n_tokens: int, say: Callable[[str], None]) -> GPT:
+    """The network to be trained, with its first weights: drawn, or those of init_from."""
+    model = GPT(config, recipe.activation_checkpointing)
+    if recipe.init_from is None:
+        init_weights(model, recipe.seed)
+    else:
+        say(f"init_from  {load_weights(model, resolve_model(recipe.init_from), n_tokens=n_tokens)}")
+    return model
+
+
+def frozen_model(path: str, device: torch.device, precision: str) -> GPT:
+    """A model that is only asked: a reference or a teacher, in evaluation mode, without gradients."""
+    return load_model(resolve_model(path), PRECISIONS[precision], device)
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
 
 Network = Callable[[GPTConfig], nn.Module]  # builds a stage's network of a shape
 

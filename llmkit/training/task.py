@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmkit.training.config import RunConfig
 from llmkit.training.dist import Ranks
 from llmkit.training.engine import Engine, Metrics
 from llmkit.training.log import RunLog
+from llmkit.training.optim import Part
 
 
 class Outcome(Enum):
@@ -68,9 +69,14 @@ class Context:
 
 
 class Task(Protocol):
-    """What a stage is to the loop."""
+    """What a stage is to the loop. Stages derive from it, for what few of them need has an answer here."""
 
     flops_per_token: float
+
+    @property
+    def parts(self) -> Sequence[Part] | None:
+        """Groups of parameters with rates and clips of their own; None: there is one group."""
+        return None
 
     def prepare(self, ctx: Context) -> None:
         """Long work before step 1: idempotent, resumable; raises Interrupted if asked to stop."""
@@ -79,7 +85,8 @@ class Task(Protocol):
         """The module with its initial weights."""
 
     def step(self, engine: Engine, ctx: Context) -> Metrics:
-        """One unit of progress: what `Engine.update` told of it, and `tokens`, by which speed is measured."""
+        """One update, and what it needs before it: what `Engine.update` told of it, and `tokens`, by which speed is
+        measured. Raises Interrupted on all ranks if asked to stop before the update, with nothing changed."""
 
     def evaluate(self, engine: Engine, ctx: Context, split: str) -> Metrics | None:
         """Metrics of a split ("valid" or "test"); empty if there is none; None if it was asked to stop."""
@@ -93,4 +100,8 @@ class Task(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """The task's own state, JSON."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def tensors(self) -> dict[str, Tensor]:
+        """The task's own tensors, the same on every rank: they are kept in trainer_state/task.safetensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None: ...

@@ -1,0 +1,49 @@
+"""Which files of a checkpoint hold a module's weights: a plain model, adapters alone, or an actor with its critic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmkit.model.heads import ActorCritic
+
+Tensors = dict[str, Tensor]
+MODEL = "model.safetensors"
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensors]:
+    """File -> the tensors in it, under the names and in the layout of `state_dict`, which Hugging Face's class expects.
+
+    Views, but where a layout must be converted.
+    """
+    if isinstance(module, ActorCritic):
+        return {f"{folder}{file}": t for folder, part in module.folders for file, t in saved_tensors(part).items()}
+    return {MODEL: _without_aliases(module.state_dict())}
+
+
+def load_saved(module: nn.Module, files: dict[str, Tensors]) -> None:
+    """Puts back what `saved_tensors` gave; names and shapes are those of this module."""
+    if isinstance(module, ActorCritic):
+        for folder, part in module.folders:
+            load_saved(part, {file: files[f"{folder}{file}"] for file in saved_tensors(part)})
+        return
+    whole, given = module.state_dict(), files[MODEL]
+    kept = {_place(t): name for name, t in _without_aliases(whole).items()}
+    module.load_state_dict({n: given[n if n in given else kept[_place(t)]] for n, t in whole.items()})
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    """The same for two tensors exactly if they are the same numbers in memory."""
+    return t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
+def _without_aliases(state: Tensors) -> Tensors:
+    """A state dict in which a tensor that has two names (tied weights) is there once, under the first."""
+    places: set[tuple[Any, ...]] = set()
+    kept = {}
+    for name, t in state.items():
+        if t.numel() == 0 or _place(t) not in places:
+            places.add(_place(t))
+            kept[name] = t
+    return kept
