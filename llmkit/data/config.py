@@ -49,7 +49,7 @@ class SourceConfig(Config):
     template: str | None = Field(None, min_length=1)
     """Instead of `field`: text with columns in braces, such as "{title}\\n\\n{body}"; a brace itself is written twice."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Where stages that read several columns find theirs: {prompt: question, answer: solution}."""
+    """Where stages that read several columns find theirs, our name first: {prompt: question, completion: solution}."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many rows are read."""
     split: str = "train"
@@ -231,6 +231,14 @@ class DataConfig(Config):
     """Token shards are kept here, keyed by the text's and the tokenizer's hashes, and shared between runs."""
     workers: int | None = Field(None, ge=1)
     """Processes that prepare shards. Default: the number of cores."""
+    chat: bool = True
+    """Stages after pretraining: conversations are written by the tokenizer's chat template. False: prompts and answers
+    are plain text, a prompt after the bos token if there is one, an answer before the eos token."""
+    system: str | None = Field(None, min_length=1)
+    """Stages after pretraining: the system message of conversations that have none. Default: they stay without."""
+    max_dropped_frac: float = Field(0.01, ge=0.0, le=1.0)
+    """Stages after pretraining: a run is refused if a larger share of a source's rows can't be learnt from (nothing of
+    the answer fits the row, the answer is empty) and is left out."""
 
     @model_validator(mode="after")
     def _one_way(self) -> DataConfig:
@@ -251,6 +259,8 @@ class DataConfig(Config):
             for source in sources if split != "train" else ():
                 if source.epochs is not None or source.weight != 1.0:
                     raise ValueError(f"{split}: {source.label}: weight and epochs are for training: leave them out")
+        if self.system is not None and not self.chat:
+            raise ValueError("data.system is a message of a conversation, and data.chat is false: drop one of them")
         return self
 
     @property

@@ -10,19 +10,16 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
 from torch import Tensor
 
-from llmkit import storage
 from llmkit.config import Interrupted, UserError
-from llmkit.data.cache import ContentHashes, cache_writable, key_of
 from llmkit.data.config import DataConfig, SourceConfig
+from llmkit.data.encoded import Arrays, EncodedSources
 from llmkit.data.loader import PADDING
 from llmkit.data.packing import IGNORE, bucketed
 from llmkit.data.sources import Piece, files_of, records, units_of, where as place_of
@@ -234,34 +231,29 @@ class _Maker:
     ):
         self.cfg, self.tokenizer, self.kind, self.row_len = cfg, tokenizer, kind, row_len
         self.should_stop = should_stop
-        self.hashes = ContentHashes(Path(cfg.cache_dir))
+        self.encoded = EncodedSources(cfg, tokenizer)
         self.before = [tokenizer.bos_id] if cfg.add_bos and tokenizer.bos_id is not None else []
         self.after = [tokenizer.eos_id] if cfg.add_eos else []
 
     def read(self, source: SourceConfig, frac: float) -> tuple[_Part, _Part]:
         """The kept rows of a source, and those that are held out."""
         files = files_of(source)
+        pieces = [piece for unit in units_of(files, source.limit) for piece in unit]
         text = {"messages": "messages"} if "messages" in source.columns else {"text": "text"}
         columns = {**text, "label": "label", **source.columns}
         inputs = {
             "version": _VERSION,
-            "files": [(f.kind, f.compression, h) for f, h in zip(files, self.hashes.of(files), strict=True)],
             "columns": columns,
-            "limit": source.limit,
             "kind": self.kind,
-            "tokenizer": (self.tokenizer.hash, self.tokenizer.template_hash),
             "ends": (self.before, self.after),
             "row_len": self.row_len,
         }
-        self.hashes.save()
-        file = Path(self.cfg.cache_dir) / f"{key_of(inputs)[:32]}.examples.safetensors"
-        pieces = [piece for unit in units_of(files, source.limit) for piece in unit]
-        if not file.is_file():
-            rows = [row for n, piece in enumerate(pieces) for row in self._encoded(n, piece, columns)]
-            with cache_writable(file.parent):
-                storage.replace_file(file, _packed(rows))
+
+        def make() -> Arrays:
+            return _packed([row for n, piece in enumerate(pieces) for row in self._encoded(n, piece, columns)])
+
         parts: tuple[list[_Row], list[_Row]] = [], []
-        for row in _unpacked(file):
+        for row in _unpacked(self.encoded.arrays(source, files, "examples", inputs, make)):
             parts[bool(frac) and is_held_out(row.key, frac)].append(row)
         return _Part(source.label, parts[0], pieces), _Part(source.label, parts[1], pieces)
 
@@ -323,23 +315,17 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _packed(rows: list[_Row]) -> bytes:
-    """Rows as one safetensors file."""
+def _packed(rows: list[_Row]) -> Arrays:
+    """Rows as arrays."""
     told = json.dumps([row[1:] for row in rows]).encode()
-    return save(
-        {
-            "tokens": np.concatenate([np.empty(0, np.int32), *(row.ids for row in rows)]),
-            "lengths": np.array([len(row.ids) for row in rows], np.int64),
-            "told": np.frombuffer(told, np.uint8),
-        }
-    )
+    return {
+        "tokens": np.concatenate([np.empty(0, np.int32), *(row.ids for row in rows)]),
+        "lengths": np.array([len(row.ids) for row in rows], np.int64),
+        "told": np.frombuffer(told, np.uint8),
+    }
 
 
-def _unpacked(file: Path) -> list[_Row]:
-    try:
-        arrays = load_file(file)
-        told = json.loads(arrays["told"].tobytes())
-        ids = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1]) if told else []
-        return [_Row(one, *rest) for one, rest in zip(ids, told, strict=True)]
-    except Exception as e:
-        raise UserError(f"{file}: damaged: {e}: delete it and start again") from None
+def _unpacked(arrays: Arrays) -> list[_Row]:
+    told = json.loads(arrays["told"].tobytes())
+    ids = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1]) if told else []
+    return [_Row(one, *rest) for one, rest in zip(ids, told, strict=True)]

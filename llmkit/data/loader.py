@@ -6,7 +6,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Protocol, Self
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmkit.config import UserError
-from llmkit.data.order import Mixture, Permutation, epoch_key
+from llmkit.data.order import SampleOrder
 from llmkit.data.packing import (
     IGNORE,
     Masking,
@@ -192,6 +191,7 @@ class RowLoader:
         rows_per_step: rows of one optimizer step over all ranks.
         weights: share of each source in the samples. Default: equal.
         micro_rows: rows of one forward pass on one rank. Default: the rank's share of a step.
+        cut: from a step's sources and rows to the places among them of each micro-batch, instead of runs of micro_rows.
         prefetch: steps built ahead in a thread; 0: none, and no thread.
 
     Raises:
@@ -208,6 +208,7 @@ class RowLoader:
         rank: int = 0,
         world: int = 1,
         micro_rows: int | None = None,
+        cut: Callable[[NDArray[np.int64], NDArray[np.int64]], list[NDArray[np.int64]]] | None = None,
         prefetch: int = 2,
     ):
         self.rows, self.row_len, self.rows_per_step = rows, rows.row_len, rows_per_step
@@ -216,19 +217,18 @@ class RowLoader:
         self._rank, self.world = rank, world
         self.n_rows = list(rows.n_rows)
         """Rows of one epoch of each source."""
-        self._mixture = Mixture(weights or [1.0] * len(self.n_rows))
-        # One epoch's permutation is made of a few hashes; those of the current epochs are kept.
-        self._permutation: Callable[[int, int], Permutation] = lru_cache(64)(
-            lambda source, epoch: Permutation(self.n_rows[source], epoch_key(seed, source, epoch))
-        )
+        self._order = SampleOrder(self.n_rows, weights, seed)
+        self._cut = cut
         self._depth = prefetch
         self._prefetcher: _Prefetcher | None = None
-        self._last = (-1, 0)
+        self._last: tuple[int, int, list[Any]] = (-1, 0, [])
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def step(self, k: int) -> list[Any]:
         """This rank's micro-batches of optimizer step k, from 0. Steps in sequence are built ahead; any k will do."""
+        if self._last[0] == k:
+            return self._last[2]
         if not self._depth:
             batches, tokens_hash = self._build(k)
         else:
@@ -240,7 +240,7 @@ class RowLoader:
             except BaseException:
                 self.close()
                 raise
-        self._last = (k, tokens_hash)
+        self._last = (k, tokens_hash, batches)
         return batches
 
     def tokens_hash(self, k: int) -> int:
@@ -260,25 +260,20 @@ class RowLoader:
 
     def counts(self, k: int) -> list[int]:
         """How many rows of each source the first k steps hold."""
-        return self._mixture.counts(k * self.rows_per_step)
+        return self._order.mixture.counts(k * self.rows_per_step)
 
     def samples(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """This rank's rows of step k: their sample numbers, sources and rows within the source."""
         share = self.rows_per_step // self.world
         first = k * self.rows_per_step + self._rank * share
         numbers = np.arange(first, first + share)
-        source, index = self._mixture.many(numbers)
-        epoch, row = np.divmod(index, np.array(self.n_rows)[source])
-        for s, e in set(zip(source.tolist(), epoch.tolist(), strict=True)):
-            here = (source == s) & (epoch == e)
-            row[here] = self._permutation(s, e).many(row[here])
-        return numbers, source, row
+        return numbers, *self._order.rows(numbers)
 
     def _build(self, k: int) -> tuple[list[Any], int]:
         numbers, source, row = self.samples(k)
         batches, tokens_hash = [], 0
-        for first in range(0, len(row), self.micro_rows):
-            part = slice(first, first + self.micro_rows)
+        runs = (np.arange(n, n + self.micro_rows) for n in range(0, len(row), self.micro_rows))
+        for part in runs if self._cut is None else self._cut(source, row):
             batch, tokens = self.rows.batch(numbers[part], source[part], row[part])
             batches.append(batch)
             for number, ids in zip(numbers[part].tolist(), tokens, strict=True):

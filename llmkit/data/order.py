@@ -6,8 +6,9 @@ the position in the data is one integer, and resuming is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -150,3 +151,30 @@ def _left_count(k: NDArray[np.int64], share: int) -> NDArray[np.int64]:
     """floor(k * share / 2**32) without overflow for k up to 2**62."""
     high, low = k >> 32, (k & 0xFFFFFFFF).astype(np.uint64)
     return high * share + ((low * np.uint64(share)) >> np.uint64(32)).astype(np.int64)
+
+
+class SampleOrder:
+    """Which row each sample of a run is: the mixture says of which source, a permutation of its epoch which row.
+
+    Args:
+        n_rows: rows of one epoch of each source.
+        weights: share of each source in the samples. Default: equal.
+        seed: of the permutations.
+    """
+
+    def __init__(self, n_rows: Sequence[int], weights: Sequence[float] | None, seed: int):
+        self.n_rows = list(n_rows)
+        self.mixture = Mixture(weights or [1.0] * len(self.n_rows))
+        # One epoch's permutation is made of a few hashes; those of the current epochs are kept.
+        self._permutation: Callable[[int, int], Permutation] = lru_cache(64)(
+            lambda source, epoch: Permutation(self.n_rows[source], epoch_key(seed, source, epoch))
+        )
+
+    def rows(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sources, and rows within them, of samples of these numbers."""
+        source, index = self.mixture.many(numbers)
+        epoch, row = np.divmod(index, np.array(self.n_rows)[source])
+        for s, e in set(zip(source.tolist(), epoch.tolist(), strict=True)):
+            here = (source == s) & (epoch == e)
+            row[here] = self._permutation(s, e).many(row[here])
+        return source, row

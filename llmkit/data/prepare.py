@@ -31,7 +31,7 @@ from llmkit.data.cache import ContentHashes, cache_writable, key_of, locked
 from llmkit.data.config import DataConfig, SourceConfig
 from llmkit.data.shards import VERSION, Removed, Shard, TokenShards, write_index
 from llmkit.data.sources import File, Piece, files_of, is_one_text, units_of, where
-from llmkit.data.workers import HELD_OUT, KEPT, Job, SignatureJob, TokenizerLike, TokenJob, run_jobs
+from llmkit.data.workers import HELD_OUT, KEPT, Job, SignatureJob, TokenizerLike, TokenJob, n_cores, run_jobs
 
 log = logging.getLogger(__name__)
 IN_PROCESS = 4 << 20  # bytes of text below which other processes take longer to start than to help
@@ -279,7 +279,7 @@ class _Preparation:
                 on_bytes(job.size)
             else:
                 jobs.append(job)
-        n_processes = min(self.cfg.workers or _n_cores(), len(jobs))
+        n_processes = min(self.cfg.workers or n_cores(), len(jobs))
         if sum(job.size for job in jobs) < IN_PROCESS:
             n_processes = 1
         with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
@@ -433,10 +433,6 @@ def _stamp(file: File) -> list[tuple[int, int]]:
             raise UserError(f"{name}: cannot be read: {e.strerror}") from None
         stamps.append((stat.st_size, stat.st_mtime_ns))
     return stamps
-
-
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Progress:

@@ -31,6 +31,7 @@ READS = f"{', '.join(KINDS)} are read, each also as .gz or .zst"
 UNIT_MIN, UNIT_MAX, UNITS = 1 << 20, 64 << 20, 256  # bytes, bytes, and about how many units a large source is cut into
 
 Rows = Iterator[tuple[int, Sequence[Any]]]  # number of the row within its piece, from 1, and the values asked for
+Columns = Sequence[str] | None  # which are asked for; None: all of them, as the one value {column: value}
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,22 @@ def records(piece: Piece, fields: Mapping[str, str]) -> Iterator[tuple[int, dict
         yield row, dict(zip(names, values, strict=True))
 
 
+def whole_records(piece: Piece) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What `records` yields, with every column of a row under its own name.
+
+    Raises:
+        UserError: one line, naming file, line or row, and reason; also for a text file, which has no columns.
+    """
+    if piece.kind == "txt":
+        raise UserError(f"{piece.path}: a text file has no columns: rows of jsonl, json, csv or parquet are read here")
+    with _explained(piece):
+        for row, (record,) in itertools.islice(_READERS[piece.kind](piece, None), piece.limit):
+            for column, value in record.items():
+                if type(value) is not str or not value.isascii():
+                    _check_text(piece, row, column, value)
+            yield row, record
+
+
 def numbered_documents(piece: Piece, field: str, template: str | None = None) -> Iterator[tuple[int, str]]:
     """The documents of a piece, empty ones too, in the order of the file, each with its row's number.
 
@@ -423,8 +440,9 @@ def _missing(piece: Piece, row: int, columns: Iterable[str], keys: Iterable[Any]
     _refuse(piece, row, f"no field '{field}'{hint} (set `field` in the source)")
 
 
-def _txt(piece: Piece, columns: Sequence[str]) -> Rows:
+def _txt(piece: Piece, columns: Columns) -> Rows:
     """A text has no columns: whatever the one that is asked for is called, it is the text."""
+    assert columns is not None
     if len(columns) > 1:
         _refuse(piece, 1, f"a text file has no columns, but {', '.join(map(repr, columns))} are asked for")
     with _open(piece) as f:
@@ -451,7 +469,11 @@ def _parse(piece: Piece, row: int, text: str) -> Any:
         _refuse(piece, row, f"not JSON that can be read: {e}")
 
 
-def _under(piece: Piece, row: int, record: Any, columns: Sequence[str]) -> Sequence[Any]:
+def _under(piece: Piece, row: int, record: Any, columns: Columns) -> Sequence[Any]:
+    if columns is None:
+        if not isinstance(record, dict):
+            _refuse(piece, row, f"expected an object with named fields (got {_brief(record)})")
+        return [record]
     if not isinstance(record, dict):
         names = ", ".join(f"'{c}'" for c in columns)
         _refuse(piece, row, f"expected an object with the field {names} (got {_brief(record)})")
@@ -476,12 +498,12 @@ def _lines(piece: Piece) -> Iterator[tuple[int, str]]:
                 yield row, text
 
 
-def _jsonl(piece: Piece, columns: Sequence[str]) -> Rows:
+def _jsonl(piece: Piece, columns: Columns) -> Rows:
     for row, text in _lines(piece):
         yield row, _under(piece, row, _parse(piece, row, text.rstrip("\r\n")), columns)
 
 
-def _json(piece: Piece, columns: Sequence[str]) -> Rows:
+def _json(piece: Piece, columns: Columns) -> Rows:
     """An array of objects, a single object, or else one object a line."""
     with _open(piece) as f:
         text = f.read().decode("utf-8-sig")
@@ -503,7 +525,7 @@ def _json(piece: Piece, columns: Sequence[str]) -> Rows:
         yield row, _under(piece, row, record, columns)
 
 
-def _csv(piece: Piece, columns: Sequence[str]) -> Rows:
+def _csv(piece: Piece, columns: Columns) -> Rows:
     """Comma or tab separated, quoted as spreadsheets do."""
     csv.field_size_limit(sys.maxsize)  # the module's own limit, 128 KiB, is shorter than many documents
     with _open(piece) as f, io.TextIOWrapper(f, encoding="utf-8-sig", newline="") as text:
@@ -512,14 +534,16 @@ def _csv(piece: Piece, columns: Sequence[str]) -> Rows:
             header = next(reader, None)
             if header is None:
                 return
-            if not set(columns) <= set(header):
+            if columns is not None and not set(columns) <= set(header):
                 _missing(piece, 1, columns, header)
-            where_to = [header.index(c) for c in columns]
+            where_to = [header.index(c) for c in columns or ()]
             first = reader.line_num + 1
             for values in reader:
                 if values and len(values) != len(header):
                     _refuse(piece, first, f"{len(values)} columns, but the header has {len(header)}")
-                if values:
+                if values and columns is None:
+                    yield first, [dict(zip(header, values, strict=True))]
+                elif values:
                     yield first, [values[i] for i in where_to]
                 first = reader.line_num + 1
         except csv.Error as e:
@@ -542,22 +566,23 @@ def _arrow_table(path: str) -> Any:
     return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
 
 
-def _values(piece: Piece, columns: Sequence[str], batches: Iterable[Any]) -> Rows:
+def _values(piece: Piece, columns: Columns, batches: Iterable[Any]) -> Rows:
     """The rows of Arrow batches."""
     row = 0
     for batch in batches:
-        if not set(columns) <= set(batch.schema.names):
-            _missing(piece, row + 1, columns, batch.schema.names)
-        arrays = [batch.column(batch.schema.names.index(c)) for c in columns]
+        names = list(batch.schema.names) if columns is None else columns
+        if not set(names) <= set(batch.schema.names):
+            _missing(piece, row + 1, names, batch.schema.names)
+        arrays = [batch.column(batch.schema.names.index(c)) for c in names]
         lists = []
-        for column, array in zip(columns, arrays, strict=True):
+        for column, array in zip(names, arrays, strict=True):
             try:
                 lists.append(array.to_pylist())
             except UnicodeDecodeError:
                 lists.append(_decoded(piece, row, column, array))
         for values in zip(*lists, strict=True):
             row += 1
-            yield row, values
+            yield row, values if columns is not None else [dict(zip(names, values, strict=True))]
 
 
 def _decoded(piece: Piece, before: int, column: str, array: Any) -> list[Any]:
@@ -571,21 +596,23 @@ def _decoded(piece: Piece, before: int, column: str, array: Any) -> list[Any]:
     return values
 
 
-def _parquet_rows(piece: Piece, columns: Sequence[str]) -> Rows:
+def _parquet_rows(piece: Piece, columns: Columns) -> Rows:
     file = _parquet(piece)
-    if not set(columns) <= set(file.schema_arrow.names):
+    if columns is not None and not set(columns) <= set(file.schema_arrow.names):
         _missing(piece, 1, columns, file.schema_arrow.names)
     groups = list(range(piece.start, piece.stop))
     if groups:
-        batches = file.iter_batches(batch_size=1024, row_groups=groups, columns=sorted(set(columns)))
+        needed = None if columns is None else sorted(set(columns))
+        batches = file.iter_batches(batch_size=1024, row_groups=groups, columns=needed)
         yield from _values(piece, columns, batches)
 
 
-def _arrow_rows(piece: Piece, columns: Sequence[str]) -> Rows:
+def _arrow_rows(piece: Piece, columns: Columns) -> Rows:
     table = _arrow_table(piece.path)
-    if not set(columns) <= set(table.schema.names):
+    if columns is not None and not set(columns) <= set(table.schema.names):
         _missing(piece, 1, columns, table.schema.names)
-    rows = table.select(sorted(set(columns))).slice(piece.start, piece.stop - piece.start)
+    needed = table.schema.names if columns is None else sorted(set(columns))
+    rows = table.select(needed).slice(piece.start, piece.stop - piece.start)
     yield from _values(piece, columns, rows.to_batches(max_chunksize=1024))
 
 
@@ -599,13 +626,13 @@ def _streamed(spec: str) -> Any:
     return datasets.load_dataset_builder(**request).as_streaming_dataset(split=split).with_format("arrow")
 
 
-def _stream_rows(piece: Piece, columns: Sequence[str]) -> Rows:
+def _stream_rows(piece: Piece, columns: Columns) -> Rows:
     data = _streamed(piece.spec)
     shards = (data.shard(num_shards=data.num_shards, index=i) for i in range(piece.start, piece.stop))
     yield from _values(piece, columns, (table for shard in shards for table in shard.iter(batch_size=1024)))
 
 
-_READERS: dict[str, Callable[[Piece, Sequence[str]], Rows]] = {
+_READERS: dict[str, Callable[[Piece, Columns], Rows]] = {
     "txt": _txt,
     "jsonl": _jsonl,
     "json": _json,

@@ -62,19 +62,11 @@ class Job(ABC):
     """Where the result goes."""
     number: int
     pieces: tuple[Piece, ...]
-    field: str
-    template: str | None
-    clean: dict[str, Any] | None
-    """The rules of a CleanConfig; None: there are none."""
 
     @property
     def size(self) -> int:
         """About how many bytes are read."""
         return sum(p.size for p in self.pieces)
-
-    @property
-    def cleaner(self) -> Cleaner | None:
-        return Cleaner(CleanConfig(**self.clean)) if self.clean else None
 
     @abstractmethod
     def is_done(self, tokenizer: str) -> bool:
@@ -85,17 +77,34 @@ class Job(ABC):
         """Does it."""
 
     def to_json(self) -> str:
-        return json.dumps({"job": type(self).__name__, **asdict(self)})
+        return json.dumps({"job": [type(self).__module__, type(self).__name__], **asdict(self)})
 
     @staticmethod
     def from_json(text: str) -> Job:
         data = json.loads(text)
-        kind = {c.__name__: c for c in (TokenJob, SignatureJob)}[data.pop("job")]
-        return kind(**{**data, "pieces": tuple(Piece(**p) for p in data["pieces"])})
+        module, name = data.pop("job")
+        kind = getattr(importlib.import_module(module), name)
+        made = kind(**{**data, "pieces": tuple(Piece(**p) for p in data["pieces"])})
+        assert isinstance(made, Job)
+        return made
 
 
 @dataclass(frozen=True)
-class TokenJob(Job):
+class TextJob(Job):
+    """What is to be done with a unit of plain documents."""
+
+    field: str
+    template: str | None
+    clean: dict[str, Any] | None
+    """The rules of a CleanConfig; None: there are none."""
+
+    @property
+    def cleaner(self) -> Cleaner | None:
+        return Cleaner(CleanConfig(**self.clean)) if self.clean else None
+
+
+@dataclass(frozen=True)
+class TokenJob(TextJob):
     """A unit's documents as token shards."""
 
     holdout: Literal["none", "tail", "hash"]
@@ -151,7 +160,7 @@ class TokenJob(Job):
 
 
 @dataclass(frozen=True)
-class SignatureJob(Job):
+class SignatureJob(TextJob):
     """A unit's documents as signatures, by which copies are found."""
 
     dedup: dict[str, Any]
@@ -224,6 +233,11 @@ def run_job(job: Job, tokenizer: TokenizerLike) -> None:
 
 
 # --- many units -----------------------------------------------------------------------------------------------------
+
+
+def n_cores() -> int:
+    """How many processes can compute at once here."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(
@@ -362,4 +376,5 @@ def main(folder: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    # Under its own name, which is what the modules of other jobs import.
+    importlib.import_module("llmkit.data.workers").main(*sys.argv[1:])

@@ -31,14 +31,27 @@ ROLES = ("system", "user", "assistant", "tool")
 
 # `trim_blocks` eats a newline after a block tag, so newlines are written as expressions.
 CHATML = r"""{{- bos_token -}}
+{%- if tools -%}
+{{- '<|im_start|>system\n' -}}
+{%- if messages[0]['role'] == 'system' -%}{{- messages[0]['content'] + '\n\n' -}}{%- endif -%}
+{{- 'Tools, called by <tool_call>{"name": ..., "arguments": {...}}</tool_call>:' -}}
+{%- for t in tools -%}{{- '\n' + (t['function'] if 'function' in t else t) | tojson -}}{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- endif -%}
 {%- for m in messages -%}
+{%- if not (tools and loop.first and m['role'] == 'system') -%}
 {{- '<|im_start|>' + m['role'] + '\n' -}}
 {%- if m['role'] == 'assistant' -%}
-{%- generation -%}{{- m['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+{%- generation -%}{{- m['content'] -}}
+{%- for c in m['tool_calls'] or [] -%}
+{{- '<tool_call>' + (c['function'] if 'function' in c else c) | tojson + '</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>' -}}{%- endgeneration -%}
 {%- else -%}
 {{- m['content'] + '<|im_end|>' -}}
 {%- endif -%}
 {{- '\n' -}}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
@@ -47,6 +60,10 @@ MAX_STEPS = 1_000_000  # loop bodies, macro calls and numbers of range() in one 
 FREE_OUTPUT = 65_536  # characters that a template may write on top of four times its input
 _PRIVATE = range(0xF0000, 0x10FFFE)  # planes 15 and 16 have no meaning of their own
 _PRIVATE_USED = re.compile("[\U000f0000-\U0010fffd]")
+
+
+class TurnsUnclear(UserError):
+    """The template doesn't tell what the assistant wrote: a longer conversation changes the text of an earlier turn."""
 
 
 # --- the sandbox -----------------------------------------------------------------------------------------------------
@@ -258,17 +275,23 @@ class ChatTemplate:
         return Rendered(text, shielded, restore, found)
 
     def derive_spans(
-        self, messages: list[dict[str, Any]], shield: Shield, variables: dict[str, Any], whole: str
+        self,
+        messages: list[dict[str, Any]],
+        shield: Shield,
+        variables: dict[str, Any],
+        whole: str,
+        last_only: bool = False,
     ) -> list[tuple[int, int]] | None:
         """The assistant's spans of a template without generation tags: what each turn adds to the prompt before it.
+
+        `last_only`: that of its last turn alone, however the template treats those before.
 
         Returns None when the text of a shorter conversation isn't the beginning of the longer one's (some templates drop
         the thinking of earlier turns): then no span can be trusted.
         """
         spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i in turns[-1:] if last_only else turns:
             if i == 0:  # nothing was asked yet, and many templates refuse an empty conversation
                 return None
             before = self.render(messages[:i], shield, {**variables, "add_generation_prompt": True})
@@ -294,11 +317,12 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
             raise UserError(f"message {i}: expected {{role, content}} (got {type(message).__name__})")
         if message.get("role") not in ROLES:
             raise UserError(f"message {i}: role must be one of {', '.join(ROLES)} (got {message.get('role')!r})")
-        if not isinstance(message.get("content"), str):
+        calls = message["role"] == "assistant" and message.get("tool_calls")
+        if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
             got = type(message["content"]).__name__ if "content" in message else "nothing"
             raise UserError(f"message {i} ({message['role']}): content must be text (got {got})")
         _check_json(message, f"message {i}")
-    return [dict(m) for m in messages]
+    return [{**m, "content": m.get("content") or ""} for m in messages]  # a call of a tool may come without words
 
 
 def _check_json(value: Any, name: str, depth: int = 0) -> None:
@@ -337,6 +361,17 @@ def check_tools(tools: Any) -> list[Any] | None:
         raise UserError(f"tools: a list is expected (got {type(tools).__name__})")
     _check_json(tools, "tools")
     return tools
+
+
+def check_written(name: str, text: str, messages: list[dict[str, Any]], tools: list[Any] | None) -> None:
+    """Raises UserError if a template left out a tool, or a call of one, as those that know none do without a word."""
+    calls = [call for m in messages for call in m.get("tool_calls") or ()]
+    for what, given in (("tools", tools or ()), ("tool_calls", calls)):
+        for tool in given:
+            function = tool.get("function", tool) if isinstance(tool, dict) else None
+            called = function.get("name") if isinstance(function, dict) else None
+            if isinstance(called, str) and called not in text:
+                raise UserError(f"{name}: it doesn't write the {what} of this conversation ({called}): choose another")
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config import UserError
+from llmkit.storage import resolve_model
 from llmkit.tokenizer.chat import CHATML, ChatTemplate
 from llmkit.tokenizer.config import MASKS
 from llmkit.tokenizer.pieces import model_type, vocab_of
@@ -31,11 +32,15 @@ class Folder:
     template: str | None
 
 
-def find(folder: Path) -> Path:
-    """The folder itself, or a run's newest checkpoint that holds a tokenizer."""
+def find(folder: Path, adapters: bool = True) -> Path:
+    """The folder itself, or a run's newest checkpoint that holds a tokenizer; for adapters that have none, unless that
+    is ruled out, their model's."""
     for place in [folder, *sorted(folder.glob("checkpoints/step-*"), reverse=True)]:
         if any((place / name).is_file() for name in FILES):
             return place
+    base = _read_json(folder / "adapter_config.json", {}).get("base_model_name_or_path")
+    if isinstance(base, str) and adapters:  # that came without: their model's
+        return find(resolve_model(base), adapters=False)
     raise UserError(f"{folder}: no tokenizer.json or tokenizer.model here, nor in checkpoints/step-*")
 
 

@@ -34,8 +34,17 @@ from llmkit.tokenizer.backend import (
     without_charsmap,
     without_prefix,
 )
-from llmkit.tokenizer.chat import ChatTemplate, Shield, check_messages, check_text, check_tools
-from llmkit.tokenizer.config import MASKS, TokenizerConfig
+from llmkit.tokenizer.chat import (
+    ChatTemplate,
+    Rendered,
+    Shield,
+    TurnsUnclear,
+    check_messages,
+    check_text,
+    check_tools,
+    check_written,
+)
+from llmkit.tokenizer.config import MASKS, TokenizerConfig, is_control
 from llmkit.tokenizer.encoder import MAX_RUN, SAMPLE, ByteEngine, TiktokenEngine, build_engine, has_long_blank
 from llmkit.tokenizer.kinds import UNKNOWN, train_spec
 from llmkit.tokenizer.pieces import Pieces, model_type
@@ -194,6 +203,9 @@ class Tokenizer:
         try:
             found = folders.read(folder)
             add_tokens(found, add)
+            new_pads = [t for t in add if "pad" in t.lower() and is_control(t)]
+            if new_pads and found.names["pad_token"] == found.names["eos_token"]:
+                found.names["pad_token"] = new_pads[0]
             given = found.template if chat_template is None else None
             known = {t["content"] for t in found.spec["added_tokens"]}
             if given is not None:
@@ -382,7 +394,7 @@ class Tokenizer:
         self,
         messages: Sequence[dict[str, Any]],
         add_generation_prompt: bool = False,
-        train_on: Literal["assistant", "all"] = "assistant",
+        train_on: Literal["assistant", "last", "all"] = "assistant",
         tools: list[Any] | None = None,
     ) -> ChatEncoding:
         """Renders a conversation and encodes it: control tokens come from the template alone.
@@ -395,29 +407,29 @@ class Tokenizer:
             messages: `{role, content}` each, with any other fields that the template reads.
             add_generation_prompt: end with the beginning of the assistant's turn. Spans that a template doesn't tell
                 are then no error, as a prompt isn't trained on.
-            train_on: what `loss_mask` covers: the assistant's turns, or every token.
-            tools: JSON schemas of tools, if the template lists them.
+            train_on: what `loss_mask` covers: the assistant's turns, the last of them alone, or every token.
+            tools: JSON schemas of tools, which the template must list.
 
         Raises:
-            UserError: for a wrong message, a template that fails, or one that doesn't tell what the assistant wrote.
+            TurnsUnclear: the template doesn't tell what the assistant wrote.
+            UserError: for a wrong message, or a template that fails or leaves out tools and calls of them.
         """
-        checked = check_messages(messages)
-        if self.template is None:
-            raise UserError("this tokenizer has no chat template: set tokenizer.chat_template to chatml or to a file")
-        variables: dict[str, Any] = {k: v for k, v in self.names.items() if v is not None}
-        variables |= {"add_generation_prompt": add_generation_prompt, "tools": check_tools(tools)}
-        rendered = self.template.render(checked, self._shield, variables)
+        checked, variables = check_messages(messages), self._variables(add_generation_prompt, tools)
+        rendered = self._rendered(checked, variables)
+        assert self.template is not None
         spans = rendered.spans
         if spans is None:
             try:
-                spans = self.template.derive_spans(checked, self._shield, variables, rendered.text)
+                only_last = train_on == "last"
+                spans = self.template.derive_spans(checked, self._shield, variables, rendered.text, only_last)
             except UserError:
-                if not add_generation_prompt and train_on == "assistant":
+                if not add_generation_prompt and train_on != "all":
                     raise
-        has_assistant = any(m["role"] == "assistant" for m in checked)
-        must_mask = has_assistant and train_on == "assistant"
+        elif train_on == "last":
+            spans = spans[-1:]
+        must_mask = train_on != "all" and any(m["role"] == "assistant" for m in checked)
         if spans is None and must_mask and not add_generation_prompt:
-            raise UserError(
+            raise TurnsUnclear(
                 f"{self.template.name}: it has no generation tags, and a longer conversation changes the text of an "
                 "earlier turn, so what the assistant wrote cannot be told: put {% generation %} tags around it in a copy "
                 "(tokenizer.chat_template), or give each turn as a conversation of its own"
@@ -427,7 +439,7 @@ class Tokenizer:
         if must_mask and rendered.spans is not None and not bounds:
             raise UserError(f"{self.template.name}: nothing of what the assistant wrote is within generation tags")
         mask = [int(train_on == "all")] * len(ids)
-        if train_on == "assistant":
+        if train_on != "all":
             for first, last in bounds:
                 mask[first:last] = [1] * (last - first)
                 if last < len(ids) and ids[last] in self.stop_ids and not self.stop_ids & set(ids[first:last]):
@@ -436,6 +448,23 @@ class Tokenizer:
                         "would never learn to stop: move that token inside in a copy (tokenizer.chat_template)"
                     )
         return ChatEncoding(ids, mask, rendered.text, bounds)
+
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
+        """The text that `encode_chat` encodes. Raises UserError as it does."""
+        return self._rendered(check_messages(messages), self._variables(add_generation_prompt, tools)).text
+
+    def _variables(self, add_generation_prompt: bool, tools: list[Any] | None) -> dict[str, Any]:
+        names = {k: v for k, v in self.names.items() if v is not None}
+        return {**names, "add_generation_prompt": add_generation_prompt, "tools": check_tools(tools)}
+
+    def _rendered(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> Rendered:
+        if self.template is None:
+            raise UserError("this tokenizer has no chat template: set tokenizer.chat_template to chatml or to a file")
+        rendered = self.template.render(messages, self._shield, variables)
+        check_written(self.template.name, rendered.text, messages, variables["tools"])
+        return rendered
 
     def _encode_rendered(
         self, text: str, restore: dict[int, str], spans: list[tuple[int, int]]
@@ -470,20 +499,38 @@ class Tokenizer:
         bounds = [(token_at[a], token_at[b]) for a, b in spans]
         return ids, [(a, b) for a, b in bounds if b > a]
 
+    def encode_on(self, text: str, before: Sequence[int]) -> list[int]:
+        """The ids of text that goes on from others: without the space that some tokenizers put before every text."""
+        prefix = not before or (before[-1] in self.special_ids and self._prefix == "always")
+        return list(self._array(text, prefix).tolist()) if text else []
+
+    def encode_reply(self, text: str, prompt: Sequence[int]) -> list[int]:
+        """The ids of what is said after a prompt, its end of turn included and nothing after it."""
+        return [*self.encode_on(text, prompt), self.end_of_turn_id]
+
     @cached_property
-    def end_of_turn_id(self) -> int:
-        """The control token that the template writes after the assistant's text, else `eos_id`."""
+    def _turn_end(self) -> int | None:
+        """The control token that the template writes after the assistant's text."""
         if self.template is None:
-            return self.eos_id
+            return None
         probe = "A1z9B2y8"
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
-        variables: dict[str, Any] = {k: v for k, v in self.names.items() if v is not None}
         try:
-            text = self.template.render(messages, self._shield, {**variables, "add_generation_prompt": False}).text
+            text = self.template.render(messages, self._shield, self._variables(False, None)).text
         except UserError:
-            return self.eos_id
+            return None
         match = self._shield.pattern.search(text, text.rfind(probe) + len(probe)) if probe in text else None
-        return self.special[match[0]] if match else self.eos_id
+        return self.special[match[0]] if match else None
+
+    @property
+    def ends_turns(self) -> bool:
+        """Whether the chat template writes a control token after the assistant's text, by which a model learns to stop."""
+        return self._turn_end is not None
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The control token that the template writes after the assistant's text, else `eos_id`."""
+        return self.eos_id if self._turn_end is None else self._turn_end
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

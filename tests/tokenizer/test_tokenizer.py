@@ -430,11 +430,9 @@ def test_wrong_messages(bpe: Tokenizer, messages: Any, message: str) -> None:
 
 NO_TAGS = CHATML.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
 THINKING = NO_TAGS.replace(
-    "{{- m['content'] +", "{{- (m['content'] if loop.last else m['content'].split('@')[-1]) +", 1
+    "{{- m['content'] -}}", "{{- (m['content'] if loop.last else m['content'].split('@')[-1]) -}}", 1
 )
-OUTSIDE = CHATML.replace(
-    "m['content'] + '<|im_end|>' -}}{%- endgeneration -%}", "m['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}"
-)
+OUTSIDE = CHATML.replace("{{- '<|im_end|>' -}}{%- endgeneration -%}", "{%- endgeneration -%}{{- '<|im_end|>' -}}")
 
 
 def with_template(tok: Tokenizer, source: str) -> Tokenizer:
