@@ -11,6 +11,7 @@ import torch
 from llmkit.config import UserError
 from llmkit.model.config import GPTConfig, count_params
 
+_PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight in 4 bits: its share of a scale, and of the scale's scale
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 # Dense peak of the matrix units, TFLOP/s, from NVIDIA's data sheets (without sparsity); fp32 means TF32.
 _GPU_PEAK_TFLOPS = {
@@ -34,6 +35,7 @@ class Cost:
     state_bytes: int
     activation_bytes: int
     checkpoint_bytes: int
+    n_trained_params: int
 
     @property
     def memory_bytes(self) -> int:
@@ -60,6 +62,7 @@ def flops_per_token(model: GPTConfig, seq_len: int) -> float:
 def cost_of(
     model: GPTConfig, *, seq_len: int, micro_tokens: int, precision: str, optimizer: str, loss_chunk: int,
     activation_checkpointing: bool, ema: bool, momentum: bool = False, n_frozen: int = 0, n_frozen_hidden: int = 0,
+    n_adapter: int = 0, n_adapter_hidden: int = 0, n_packed: int = 0,
 ) -> Cost:  # fmt: skip
     """The cost of training one replica.
 
@@ -71,17 +74,23 @@ def cost_of(
         momentum: whether SGD has one.
         n_frozen: parameters that are not trained: they have neither gradient, nor master, average or moments.
         n_frozen_hidden: those of them that Muon would update.
+        n_adapter: weights of adapters, which are trained beside the model's own; a checkpoint then holds what is trained.
+        n_adapter_hidden: those of them that Muon would update.
+        n_packed: weights of the model that are kept in 4 bits.
     """
     count = count_params(model)
-    n_params, n_trained = count.total, count.total - n_frozen
+    n_params = count.total + n_adapter
+    n_trained = n_params - n_frozen
     width, wide = BYTES[precision], 8 if precision == "fp64" else 4
     # Muon has one moment for each weight of a hidden matrix, and AdamW's two for everything else.
-    n_hidden = count.hidden - n_frozen_hidden
+    n_hidden = count.hidden - n_frozen_hidden + n_adapter_hidden
     moments = {"adamw": 2 * n_trained, "muon": 2 * n_trained - n_hidden, "sgd": n_trained * momentum}[optimizer]
     master = wide if width != wide else 0
     # Weights, master, average, optimizer.
-    checkpoint = n_params * width + n_trained * (master + wide * ema) + wide * moments
-    state = checkpoint + n_trained * wide  # and the gradient
+    weights = n_params * width - n_packed * (width - _PACKED_BYTES)
+    training = n_trained * (master + wide * ema) + wide * moments
+    checkpoint = (n_trained * width if n_adapter else weights) + training
+    state = weights + training + n_trained * wide  # and the gradient
     D, F, heads = model.d_model, model.width_of_mlp, (model.n_heads + 2 * model.kv_heads) * model.width_of_head
     gated = model.mlp == "swiglu"  # keeps gate, up, silu(gate) and their product; GPT-2's keeps up and gelu(up)
     block: float = (8 * D + 3 * heads + (4 if gated else 2) * F) * width  # bytes per token
@@ -92,7 +101,10 @@ def cost_of(
     per_token = model.n_layers * D * width + 2.2 * block if activation_checkpointing else model.n_layers * block
     activations = micro_tokens * per_token + loss_chunk * (model.vocab_size or 0) * (width + 2 * wide)
     flops = flops_per_token(model, seq_len)
-    return Cost(n_params, count.embedding, count.active, flops, state, round(activations), checkpoint)
+    active = count.active + n_adapter
+    return Cost(
+        n_params, count.embedding, active, flops, round(state), round(activations), round(checkpoint), n_trained
+    )
 
 
 def free_memory(device: torch.device) -> int | None:

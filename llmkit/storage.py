@@ -377,7 +377,7 @@ def resolve_model(path: str | Path) -> Path:
         except Damaged as e:
             raise UserError(f"{path}: damaged checkpoint: {e}") from None
         return path
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return path
     if (path / "checkpoints").is_dir():
         good, passed_over = newest_good(path)

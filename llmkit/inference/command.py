@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from llmkit.inference.config import SamplingConfig
 from llmkit.inference.generate import candidates, generate
 from llmkit.inference.stream import TextStream
 from llmkit.model.gpt import GPT
+from llmkit.model.hf import read_json
 from llmkit.model.weights import load_model
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ def print_texts(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Samp
 
 def is_chat_model(folder: Path, tokenizer: Tokenizer) -> bool:
     """Whether prompts belong into the chat template: it has one, and is not a base model of ours."""
-    facts = json.loads((folder / "config.json").read_bytes()).get("llmkit")
+    facts = read_json(folder).get("llmkit")
     is_base = isinstance(facts, dict) and facts.get("stage") == "pretrain"
     return tokenizer.template is not None and not is_base
 

@@ -306,6 +306,32 @@ class GPTConfig(Config):
         return "llama" if self.sliding_window is None else "mistral"
 
 
+class LoraConfig(Config):
+    """Trains small matrices beside a model's own, which stay as they are: W x + scale B A x (LoRA, Hu et al. 2021, arXiv
+    2106.09685). Saved as PEFT saves it."""
+
+    r: int = Field(16, ge=1)
+    """Rank of the update: A is r wide, B r narrow."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is multiplied by alpha / r, so that r can change without a new rate."""
+    rslora: bool = False
+    """By alpha / sqrt(r) instead, which suits large r (arXiv 2312.03732)."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Probability of dropping an input of A in training."""
+    targets: tuple[str, ...] = ()
+    """Matrices that get an update: names (`q_proj`, `self_attn`, `layers.0-3.mlp`) or globs (`layers.*.mlp.*_proj`).
+    Default: all linear matrices of the blocks; experts and their routers never have one."""
+    dora: bool = False
+    """Direction and size of each row of the matrix are trained apart (DoRA, arXiv 2402.09353)."""
+    quantize: Literal["nf4"] | None = None
+    """The matrices with an update are kept in 4 bits while training (QLoRA, arXiv 2305.14314); asks for bitsandbytes."""
+
+    @property
+    def scaling(self) -> float:
+        """What the update is multiplied by."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+
 # What all families but GPT-2 share.
 _LLAMA = {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": False, "causal": True}
 _TITLES = {

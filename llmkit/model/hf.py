@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from llmkit.config import UserError, validate
+from llmkit.model.adapters import base_of, head_rows, is_adapter, told_config
 from llmkit.model.config import (
     ExpertsConfig,
     Family,
@@ -393,6 +394,9 @@ def _context_of(hf: dict[str, Any], scaling: dict[str, Any] | None) -> Any:
 
 
 def read_json(folder: Path) -> dict[str, Any]:
+    """A folder's config.json; of adapters the one that base and adapters have together."""
+    if is_adapter(folder):
+        return _of_adapters(folder)
     name = str(folder / "config.json")
     try:
         hf = json.loads((folder / "config.json").read_bytes())
@@ -402,6 +406,17 @@ def read_json(folder: Path) -> dict[str, Any]:
         raise UserError(f"{name}: not JSON: {e}") from None
     if not isinstance(hf, dict):
         raise UserError(f"{name}: a JSON object is expected")
+    return hf
+
+
+def _of_adapters(folder: Path) -> dict[str, Any]:
+    told = told_config(folder)
+    if told is not None:
+        return told
+    hf, n_scores = read_json(base_of(folder)), head_rows(folder)
+    if n_scores is not None and hf.get("model_type") in ARCHITECTURES:  # PEFT keeps a classifier's head, not its config
+        hf = {key: value for key, value in hf.items() if key not in ("id2label", "label2id")}
+        hf |= {"architectures": [ARCHITECTURES[hf["model_type"]][1]], "num_labels": n_scores}
     return hf
 
 

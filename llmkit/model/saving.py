@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmkit.model.adapters import adapter_files, adapter_tensors, load_adapter_tensors
 from llmkit.model.heads import ActorCritic
+from llmkit.model.lora import adapters_of
 
 Tensors = dict[str, Tensor]
-MODEL = "model.safetensors"
+MODEL, ADAPTERS = "model.safetensors", "adapter_model.safetensors"
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensors]:
@@ -19,7 +21,25 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensors]:
     """
     if isinstance(module, ActorCritic):
         return {f"{folder}{file}": t for folder, part in module.folders for file, t in saved_tensors(part).items()}
+    if adapters_of(module):
+        return {ADAPTERS: adapter_tensors(module)}
     return {MODEL: _without_aliases(module.state_dict())}
+
+
+def saved_files(files: dict[str, bytes], module: nn.Module) -> dict[str, bytes]:
+    """The small files beside the weights: with adapters, those of adapters in place of a model's."""
+    if not isinstance(module, ActorCritic):
+        return adapter_files(files, module)
+    out: dict[str, bytes] = {}
+    for folder, part in module.folders:
+        others = [f for f, _ in module.folders if f.startswith(folder) and f != folder]
+        own = {
+            n.removeprefix(folder): b
+            for n, b in files.items()
+            if n.startswith(folder) and not n.startswith(tuple(others))
+        }
+        out |= {f"{folder}{name}": b for name, b in adapter_files(own, part).items()}
+    return out
 
 
 def load_saved(module: nn.Module, files: dict[str, Tensors]) -> None:
@@ -27,6 +47,9 @@ def load_saved(module: nn.Module, files: dict[str, Tensors]) -> None:
     if isinstance(module, ActorCritic):
         for folder, part in module.folders:
             load_saved(part, {file: files[f"{folder}{file}"] for file in saved_tensors(part)})
+        return
+    if adapters_of(module):
+        load_adapter_tensors(module, files[ADAPTERS])
         return
     whole, given = module.state_dict(), files[MODEL]
     kept = {_place(t): name for name, t in _without_aliases(whole).items()}

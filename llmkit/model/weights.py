@@ -17,8 +17,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llmkit.config import UserError
+from llmkit.model.adapters import adapter_heads, base_of, is_adapter, read_adapter
 from llmkit.model.config import GPTConfig, count_params
 from llmkit.model.gpt import GPT
+from llmkit.model.heads import SequenceClassifier
 from llmkit.model.hf import read_config, read_json, read_labels
 from llmkit.model.layouts import canonical_names, config_of, from_disk, to_disk
 
@@ -28,7 +30,9 @@ _VOCABULARY: tuple[str, ...] = ("model.embed_tokens.weight", "transformer.wte.we
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: one, or those that the index names."""
+    """The safetensors files of a model folder: one, or those that the index names; of adapters those of their base."""
+    if is_adapter(folder):
+        folder = base_of(folder)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         names = ["model.safetensors"]
@@ -87,6 +91,8 @@ class LoadReport:
     """Embeddings and heads that got more rows: how many of the old ones count, and how many there are now."""
     new: tuple[str, ...]
     """Names of the tensors that keep their initial values, because the folder has none and may lack them."""
+    adapted: tuple[str, ...] = ()
+    """Names of our tensors that the folder's adapters changed, or brought."""
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {len(self.loaded)} tensors loaded"]
@@ -95,6 +101,7 @@ class LoadReport:
             for name, (old, rows) in self.resized.items()
         ]
         lines += [f"  {name}: new, not in the folder" for name in self.new]
+        lines += [f"  adapters merged into {len(self.adapted)} of them"] if self.adapted else []
         return "\n".join(lines)
 
 
@@ -144,7 +151,7 @@ def load_weights(
 
     Args:
         model: a GPT, or another module with a Decoder as `.model`.
-        folder: a Hugging Face folder or checkpoint.
+        folder: a Hugging Face folder or checkpoint; adapters are read with their base, and merged into it.
         n_tokens: size of the tokenizer that goes with the model: rows of padding that it puts to use are also filled.
         may_lack: tensors that the folder need not have: they keep their values, as a new classifier's "score.weight".
         may_hold: tensors that the folder may have in vain, as the "lm_head.weight" a classifier has no use for.
@@ -152,7 +159,12 @@ def load_weights(
     Raises:
         UserError: naming every tensor that is missing, unknown or of another shape. Nothing is filled in silently.
     """
-    config, files = config_of(model), weight_files(folder)
+    config, adapter = config_of(model), None
+    if is_adapter(folder):
+        adapter, folder = read_adapter(folder, config), base_of(folder, check=True)
+        adapter.check({name: tuple(p.shape) for name, p in model.named_parameters()})
+        may_lack = (*may_lack, *adapter.whole)
+    files = weight_files(folder)
     raw, asked = shapes_of(files), checkpoint_shapes(model)
     names = canonical_names(config, raw)
     found = {name: raw[at] for at, name in names.items() if name not in may_hold}
@@ -194,7 +206,12 @@ def load_weights(
                 p = parameters[own]
                 p[old:] = p[:old].mean(0, dtype=torch.promote_types(p.dtype, torch.float32)).to(p.dtype)
                 resized[name] = (old, rows)
-    return LoadReport(folder, tuple(found), resized, new)
+    if adapter is None:
+        return LoadReport(folder, tuple(found), resized, new)
+    for name in adapter.names:
+        parameters[name].copy_(adapter.apply(name, parameters[name]))
+    new = tuple(name for name in new if name not in adapter.whole)
+    return LoadReport(adapter.folder, tuple(found), resized, new, adapter.names)
 
 
 def _dtype_of(config: GPTConfig, file: Path) -> torch.dtype:
@@ -204,6 +221,16 @@ def _dtype_of(config: GPTConfig, file: Path) -> torch.dtype:
     if not dtype.is_floating_point:
         raise UserError(f"{file}: the weights are {dtype}: floating-point weights are expected")
     return dtype
+
+
+def _check_size(folder: Path, config: GPTConfig, files: list[Path]) -> None:
+    """Refuses a config.json that claims more than the files can hold, before anything is allocated."""
+    on_disk = sum(file.stat().st_size for file in files)
+    if (n_params := count_params(config).total) > on_disk:
+        raise UserError(
+            f"{folder}: config.json asks for {n_params} parameters, the weights are {on_disk} bytes: they do not "
+            "belong together"
+        )
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> GPT:
@@ -221,16 +248,52 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     if (labels := read_labels(folder)) is not None:
         raise UserError(f"{folder}: scores whole texts ({', '.join(labels[:5])}): it holds no language model")
     files = weight_files(folder)
-    on_disk = sum(file.stat().st_size for file in files)
-    if (n_params := count_params(config).total) > on_disk:
-        raise UserError(
-            f"{folder}: config.json asks for {n_params} parameters, the weights are {on_disk} bytes: they do not "
-            "belong together"
-        )
+    _check_size(folder, config, files)
     if dtype is None:
         dtype = _dtype_of(config, files[0])
     with torch.device("meta"):
         model = GPT(config)
     model = model.to(dtype=dtype).to_empty(device=device)
     load_weights(model, folder)
+    return model.eval().requires_grad_(False)
+
+
+def load_classifier(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", n_scores: int | None = None
+) -> SequenceClassifier:
+    """A classifier or reward model from a Hugging Face folder or checkpoint, in evaluation mode.
+
+    Nothing of it is made up: a head that is missing, or that was never trained, is refused.
+
+    Args:
+        folder: see `storage.resolve_model` for what may be named on a command line.
+        dtype: of the parameters. Default: as saved.
+        device: where the parameters live.
+        n_scores: how many scores it must have: 1 for a reward model. Default: any number.
+
+    Raises:
+        UserError: for an unsupported or damaged folder, or one whose head is none; before anything is allocated.
+    """
+    config, labels, files = read_config(folder), read_labels(folder), weight_files(folder)
+    if labels is None:
+        raise UserError(
+            f"{folder}: holds a language model, no scores of texts: train a reward model from it with `stage: reward`"
+        )
+    if n_scores not in (None, len(labels)):
+        raise UserError(
+            f"{folder}: has {len(labels)} scores ({', '.join(labels[:5])}), {n_scores} expected: a reward model is "
+            "trained with `stage: reward, objective: rank`"
+        )
+    _check_size(folder, config.model_copy(update={"tie_embeddings": True}), files)  # there is no head for words
+    with torch.device("meta"):
+        model = SequenceClassifier(config, len(labels))
+    found = (*canonical_names(config, shapes_of(files)).values(), *adapter_heads(folder))
+    if missing := [name for name in model.head_names if name not in found]:
+        raise UserError(
+            f"{folder}: the weights hold no {missing[0]}: the head, and with it every score, would be random"
+        )
+    model = model.to(dtype=_dtype_of(config, files[0]) if dtype is None else dtype).to_empty(device=device)
+    load_weights(model, folder, may_hold=("lm_head.weight",))
+    if not model.get_parameter("score.weight" if config.causal else "classifier.weight").any():
+        raise UserError(f"{folder}: every weight of the head is 0: it was never trained")
     return model.eval().requires_grad_(False)

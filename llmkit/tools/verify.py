@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from llmkit.config import UserError
+from llmkit.model.adapters import WEIGHTS, base_of, is_adapter, read_adapter
 from llmkit.model.config import count_params
 from llmkit.model.gpt import GPT
 from llmkit.model.heads import SequenceClassifier
@@ -19,7 +20,7 @@ def problems_of(folder: Path) -> list[str]:
     """Everything wrong with one model folder, a sentence each; empty if it is good.
 
     With a manifest: sizes and hashes of all files. Always: tensor names and shapes against config.json, and that every
-    number of every tensor is finite.
+    number of every tensor is finite. Of adapters: that they fit their base, and that it is the one they belong to.
     """
     import torch
 
@@ -30,6 +31,8 @@ def problems_of(folder: Path) -> list[str]:
         except Damaged as e:
             return [str(e)]  # no use in reading on
     try:
+        if is_adapter(folder):
+            return _adapter_problems(folder)
         config, files, labels = read_config(folder), weight_files(folder), read_labels(folder)
         if labels is not None:
             config = config.model_copy(update={"tie_embeddings": True})  # a classifier has no head for words
@@ -44,13 +47,34 @@ def problems_of(folder: Path) -> list[str]:
         if config.tie_embeddings:
             found.pop("lm_head.weight", None)  # some writers repeat the tied tensor
         problems += misfits(own, found)
-        for file in [*files, *sorted((folder / "trainer_state").glob("*.safetensors"))]:
-            for name, tensor in read_tensors(file):
-                if tensor.is_floating_point() and (n_bad := int((~tensor.isfinite()).sum())):
-                    problems.append(f"{file.relative_to(folder)}: {name}: {n_bad} values are not finite")
+        problems += _not_finite(folder, files)
     except UserError as e:
         problems.append(str(e))
     return problems
+
+
+def _not_finite(folder: Path, files: list[Path]) -> list[str]:
+    """Tensors of weights and training state with a NaN or an infinity."""
+    problems = []
+    for file in [*files, *sorted((folder / "trainer_state").glob("*.safetensors"))]:
+        for name, tensor in read_tensors(file):
+            if tensor.is_floating_point() and (n_bad := int((~tensor.isfinite()).sum())):
+                problems.append(f"{file.relative_to(folder)}: {name}: {n_bad} values are not finite")
+    return problems
+
+
+def _adapter_problems(folder: Path) -> list[str]:
+    """What is wrong with adapters; raises UserError for what can't be read, or a base that is another."""
+    import torch
+
+    labels, base = read_labels(folder), base_of(folder, check=True)
+    if problems := problems_of(base):
+        return [f"its base {base}: {line}" for line in problems]
+    config = read_config(base)
+    with torch.device("meta"):
+        model = GPT(config) if labels is None else SequenceClassifier(config, len(labels))
+    read_adapter(folder, config).check({name: tuple(p.shape) for name, p in model.named_parameters()})
+    return _not_finite(folder, [folder / WEIGHTS])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     folders = checkpoints_of(folder) or [folder]
-    if folders == [folder] and not any((folder / name).is_file() for name in (MANIFEST, "config.json")):
+    known = (MANIFEST, "config.json", "adapter_config.json")
+    if folders == [folder] and not any((folder / name).is_file() for name in known):
         raise UserError(f"{folder}: holds neither config.json nor checkpoints: give a run, a checkpoint or a model")
     bad = 0
     for one in folders:

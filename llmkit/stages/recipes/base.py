@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import model_validator
 
 from llmkit.data.config import DataConfig
-from llmkit.model.config import GPTConfig
+from llmkit.model.config import GPTConfig, LoraConfig
 from llmkit.tokenizer.config import TokenizerConfig
 from llmkit.training.config import RunConfig
 
@@ -21,6 +21,26 @@ class ModelRecipe(RunConfig):
     data: DataConfig
     model: GPTConfig | None = None
     """The network. Left out with `init_from`: the old model's."""
+    lora: LoraConfig | None = None
+    """Trains adapters beside the weights of `init_from`, which stay as they are. Default: all weights are trained."""
+
+    @model_validator(mode="after")
+    def _adapts(self) -> Self:
+        if self.lora is None:
+            return self
+        if self.init_from is None:
+            raise ValueError("lora adapts a trained model: say which with `init_from`, or drop `lora`")
+        if self.freeze:
+            raise ValueError("freeze: with lora all weights of the model are frozen already: drop it")
+        if changed := sorted((self.model.model_fields_set if self.model is not None else set()) - {"dropout"}):
+            raise ValueError(f"model.{changed[0]}: with lora the model of init_from keeps its shape: drop it")
+        if self.tokenizer is not None and self.tokenizer.add:
+            raise ValueError(
+                "tokenizer.add: new tokens need embeddings of their own, which lora does not train: drop one"
+            )
+        if self.lora.quantize is not None and self.precision == "fp64":
+            raise ValueError("lora.quantize: 4-bit weights have no fp64: set precision to bf16 or fp32")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
