@@ -78,3 +78,8 @@ class SamplingConfig(Config):
             raise ValueError("beams draw nothing: drop top_k, top_p and min_p")
         if self.n > self.beams:
             raise ValueError(f"n ({self.n}) must be at most beams ({self.beams})")
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether some tokens may be out of the draw: it is then of another distribution than the model's."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)

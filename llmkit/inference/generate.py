@@ -24,7 +24,7 @@ from llmkit.inference.batch import (
 )
 from llmkit.inference.beams import search
 from llmkit.inference.config import SamplingConfig
-from llmkit.inference.sampling import log_probs, row_seeds, sample, sample_seeds
+from llmkit.inference.sampling import drawn_log_probs, log_probs, row_seeds, sample, sample_seeds
 from llmkit.inference.steering import Steering
 from llmkit.inference.stream import FinishReason, Generation, TextStream
 from llmkit.model.gpt import GPT, KVCache
@@ -44,6 +44,7 @@ class _Row:
     stream: TextStream
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    drawn_logprobs: list[float] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -62,7 +63,8 @@ class _Row:
         assert self.finish_reason is not None
         text = "".join((*self.pieces, self.stream.finish()))
         # A stop string may end in the replacement character of a character that was cut off.
-        return Generation(self.ids, self.logprobs, text, "stop" if self.stream.stopped else self.finish_reason)
+        reason = "stop" if self.stream.stopped else self.finish_reason
+        return Generation(self.ids, self.logprobs, text, reason, drawn_logprobs=self.drawn_logprobs or None)
 
 
 def _close_ranks(going: list[bool]) -> list[int]:
@@ -109,6 +111,11 @@ def _decode(
         uniforms_B = torch.tensor([row.random.random() for row in live], dtype=torch.float64).to(device)
         steered_BV = None if steering is None else steering(logits_BV)
         ids_B, logprobs_B = sample(logits_BV, uniforms_B, sampling, tokenizer.vocab_size, steered_BV)
+        if sampling.has_filters:
+            chosen_from_BV = logits_BV if steered_BV is None else steered_BV
+            drawn_B = drawn_log_probs(chosen_from_BV, ids_B, sampling, tokenizer.vocab_size)
+            for row, logprob in zip(live, drawn_B.tolist(), strict=True):
+                row.drawn_logprobs.append(logprob)
         if steering is not None:
             steering.update(ids_B)
         for row, token, logprob in zip(live, ids_B.tolist(), logprobs_B.tolist(), strict=True):

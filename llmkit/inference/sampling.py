@@ -69,6 +69,21 @@ def filtered(logprobs_BV: Tensor, sampling: SamplingConfig) -> Tensor:
     return probs_BV
 
 
+def drawn_log_probs(logits: Tensor, ids_B: Tensor, sampling: SamplingConfig, vocab_size: int) -> Tensor:
+    """Log-probabilities [B] of tokens under the distribution that `sample` draws from: what the filters leave, as a whole.
+
+    Without filters they are those of `log_probs`; with them a trainer needs both, to weigh one against the other.
+
+    Args:
+        logits: [B, V or more], after bias and penalties if there are any.
+        ids_B: tokens that `sample` chose.
+        sampling: temperature, not 0, and filters.
+        vocab_size: the tokenizer's, V.
+    """
+    kept_BV = filtered(log_probs(logits, sampling.temperature, vocab_size), sampling)
+    return (kept_BV.gather(1, ids_B[:, None])[:, 0] / kept_BV.sum(-1)).log()
+
+
 def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Inverts the cumulative distribution: the first token whose cumulated probability exceeds u, [B].
 

@@ -27,6 +27,8 @@ class Generation:
     """A "stop" token or string, "length" (max_new_tokens or the context's end), or "interrupted" by `should_stop`."""
     score: float | None = None
     """Of a beam: the sum of its tokens' log-probabilities (after bias and penalties) / their number ** length_penalty."""
+    drawn_logprobs: list[float] | None = None
+    """With top_k, top_p or min_p: of each new token under what these leave of the distribution, from which it was drawn."""
 
 
 class TextStream:

@@ -1,30 +1,34 @@
-"""Judging whole texts: a class, or numbers."""
+"""Judging texts: rewards from what people prefer, right and wrong steps, a class, or numbers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor, nn
 
-from llmkit.config import Interrupted
-from llmkit.data.examples import ExampleBatch, ExampleRows, Examples, LabelledData, prepare_examples
+from llmkit.config import Interrupted, UserError
 from llmkit.data.loader import RowLoader
-from llmkit.losses import LossSum, classification, regression
+from llmkit.data.preferences import PreferenceRows
+from llmkit.evaluation.reward_card import card_lines, draw_card, report_card, share_right
+from llmkit.inference.scoring import score_sequences
 from llmkit.model.config import GPTConfig
 from llmkit.model.files import model_files
 from llmkit.model.gpt import init_weights
 from llmkit.model.heads import SequenceClassifier, init_head
+from llmkit.model.reward_facts import RewardFacts
 from llmkit.model.weights import load_weights
 from llmkit.plan import flops_per_token, require_memory
 from llmkit.stages.recipes import RewardRecipe
-from llmkit.storage import resolve_model
+from llmkit.storage import replace_file, resolve_model, to_json
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.engine import Engine, Metrics, seed_of
+from llmkit.training.judging import Judging, Ranking, Sources, judging_of
 from llmkit.training.loop import Context, Outcome, Stop, Task, train
 from llmkit.training.setup import (
+    adapt,
     cost,
     describe_step,
     micro_rows,
@@ -37,13 +41,7 @@ from llmkit.training.setup import (
     rows_per_step,
     tokenizer_of,
 )
-from llmkit.training.supervised import HeldOut, held_out, supervised_step
-
-
-def sequence_loss(module: nn.Module, batch: ExampleBatch) -> LossSum:
-    """Cross entropy of the class, or squared error of the numbers, as the targets are."""
-    scores_BC = module(batch.ids_BT, batch.lengths_B)
-    return (regression if batch.targets.is_floating_point() else classification)(scores_BC, batch.targets)
+from llmkit.training.supervised import held_out, supervised_step
 
 
 def network(config: GPTConfig) -> nn.Module:
@@ -52,31 +50,33 @@ def network(config: GPTConfig) -> nn.Module:
 
 
 class RewardTask(Task):
-    """What the loop asks of a classifier or a regression."""
+    """What the loop asks of a network that judges texts."""
 
     def __init__(self, recipe: RewardRecipe):
         self.recipe = recipe
         self.tokenizer: Tokenizer
-        self.data: LabelledData
+        self.judging: Judging
         self.loader: RowLoader | None = None
         self.model_config: GPTConfig
         self.row_len: int
         self.flops_per_token = 0.0
+        self.reward_facts: RewardFacts | None = None  # of the weights after the last step, where they were measured
 
     def prepare(self, ctx: Context) -> None:
         """Tokenizer and encoded texts."""
         recipe = self.recipe
         self.tokenizer = tokenizer_of(recipe, ctx.should_stop)
-        self.model_config = model_config(recipe, self.tokenizer.vocab_size)
+        self.model_config = _shape(recipe, self.tokenizer.vocab_size)
         self.row_len = row_len(recipe, self.model_config)
         require_memory(cost(recipe, self.model_config, network), ctx.ranks.device)
         words = 6 * (self.model_config.vocab_size or 0) * self.model_config.d_model  # a head that is not there
         self.flops_per_token = flops_per_token(self.model_config, self.row_len) - words
-        self.data = _examples(recipe, self.tokenizer, self.row_len, ctx.should_stop)
+        say = ctx.log.say if ctx.ranks.is_main else _quiet
+        self.judging = judging_of(recipe, self.tokenizer, self.row_len, ctx.should_stop, say)
 
     def build(self, ctx: Context) -> nn.Module:
         recipe, config = self.recipe, self.model_config
-        model = SequenceClassifier(config, self.n_scores, recipe.activation_checkpointing)
+        model = SequenceClassifier(config, self.judging.n_scores, recipe.activation_checkpointing)
         if recipe.init_from is None:
             init_weights(model, recipe.seed)
         init_head(model, seed_of(recipe.seed, "head"))
@@ -89,32 +89,38 @@ class RewardTask(Task):
                 may_hold=("lm_head.weight",),
             )
             ctx.log.say(f"init_from  {report}")
-        weights = mixture_weights(recipe.data, [len(source) for source in self.data.train])
-        self.loader = self._loader(self.data.train, ctx, weights)
-        self.held_out = {"valid": self.data.valid, "test": self.data.test}
+            adapt(model, recipe, recipe.init_from, report, ctx.log.say)
+        train_set = self.judging.split("train")
+        weights = mixture_weights(recipe.data, [len(source) for source in train_set])
+        self.loader = self._loader(train_set, ctx, weights)
         if ctx.ranks.is_main:
             ctx.log.say(self._describe(self.loader))
         return model
 
-    @property
-    def n_scores(self) -> int:
-        """Outputs of the head: one a class, or one a number."""
-        return len(self.data.classes) or int(self.data.train[0].targets.shape[1])
-
-    def _loader(self, sources: list[Examples], ctx: Context, weights: list[float] | None = None) -> RowLoader:
+    def _loader(self, sources: Sources, ctx: Context, weights: list[float] | None = None) -> RowLoader:
         """Rows to train on; without weights, rows to evaluate."""
         recipe, world = self.recipe, ctx.ranks.world
-        n_rows = most_rows(recipe, self.row_len) * world if weights is None else rows_per_step(recipe, self.row_len)
+        rows = self.judging.rows(sources, self.row_len, self.tokenizer.pad_id)
+        cut, most = None, most_rows(recipe, self.row_len)
+        if isinstance(rows, PreferenceRows):  # a prompt has several answers, of any lengths
+            cut, most = rows.cut, self._micro_tokens // rows.widest
+        n_rows = max(1, most) * world if weights is None else rows_per_step(recipe, self.row_len)
+        micro = n_rows // world if weights is None else 1 if cut else micro_rows(recipe, n_rows // world, self.row_len)
         return RowLoader(
-            ExampleRows(sources, row_len=self.row_len, pad_id=self.tokenizer.pad_id),
+            rows,
             rows_per_step=n_rows,
             seed=seed_of(recipe.seed, "order"),
             weights=weights,
             rank=ctx.ranks.rank,
             world=world,
-            micro_rows=micro_rows(recipe, n_rows // world, self.row_len),
+            micro_rows=micro,
+            cut=cut,
             prefetch=0 if weights is None else 2,
         )
+
+    @property
+    def _micro_tokens(self) -> int:
+        return self.recipe.batch.micro_tokens or 8192
 
     def close(self) -> None:
         """Ends the loader's thread, if it was ever begun."""
@@ -123,89 +129,142 @@ class RewardTask(Task):
 
     def step(self, engine: Engine, ctx: Context) -> Metrics:
         assert self.loader is not None
-        return supervised_step(engine, ctx, self.loader, sequence_loss)
-
-    def evaluate(self, engine: Engine, ctx: Context, split: str) -> Metrics | None:
-        """How well a split is judged, each source apart where there are several."""
-        sources = self.held_out[split]
-        if not sources:
-            return {}
-        named = {split: sources} | ({f"{split}/{s.name}": [s] for s in sources} if len(sources) > 1 else {})
-        metrics: Metrics = {}
-        for name, examples in named.items():
-            sums = held_out(engine, ctx, self._loader(examples, ctx), sequence_loss, self.recipe.eval.max_tokens)
-            if sums is None:
-                return None
-            metrics |= {f"{name}/{key}": value for key, value in self._figures(sums, examples).items()}
+        metrics = supervised_step(engine, ctx, self.loader, self.judging.loss)
+        # Before the checkpoint of this step, whose config.json tells them.
+        self.reward_facts = self._measure(engine, ctx) if self._facts_due(engine.step) else None
         return metrics
 
-    def _figures(self, sums: HeldOut, examples: list[Examples]) -> Metrics:
-        loss = sums.mean("loss")
-        if self.data.classes:
-            f1 = macro_f1(sums.stats["confusion"].double().cpu().numpy())
-            return {"loss": loss, "accuracy": sums.mean("accuracy"), "macro_f1": f1}
-        targets = np.concatenate([e.targets for e in examples]).astype(np.float64)
-        spread = float(targets.var(0).sum())  # the loss is half the squared error, added up over the numbers of a row
-        r2 = {"r2": 1 - 2 * loss / spread} if spread > 0 and sums.n == len(targets) else {}
-        return {"loss": loss, "rmse": math.sqrt(2 * loss / targets.shape[1]),
-                "mae": sums.mean("abs_error") / targets.shape[1], **r2}  # fmt: skip
+    def evaluate(self, engine: Engine, ctx: Context, split: str) -> Metrics | None:
+        """How well a split is judged, each source apart where there are several; at the end also the report card."""
+        sources = self.judging.split(split)
+        named = {split: sources} | ({f"{split}/{s.name}": [s] for s in sources} if len(sources) > 1 else {})
+        metrics: Metrics = {}
+        for name, part in named.items():
+            if not part:
+                continue
+            loader = self._loader(part, ctx)
+            sums = held_out(engine, ctx, loader, self.judging.loss, self.recipe.eval.max_tokens)
+            if sums is None:
+                return None
+            metrics |= {f"{name}/{key}": value for key, value in self.judging.figures(sums, part).items()}
+        if split == "test" and not self._report(engine, ctx):
+            return None
+        return metrics
+
+    # --- the scale of rewards, and the report card -----------------------------------------------------------------------
+
+    def _facts_due(self, step: int) -> bool:
+        """Whether a checkpoint or an evaluation follows: a function of recipe and step, so that a resumed run agrees."""
+        recipe = self.recipe
+        intervals = [n for n in (recipe.save_every, recipe.eval.every) if n is not None]
+        return step in (recipe.steps, recipe.last_step) or any(step % n == 0 for n in intervals)
+
+    def _measure(self, engine: Engine, ctx: Context) -> RewardFacts | None:
+        """Scale and accuracy of the weights as they are, from few enough answers to be worth no thought of a signal."""
+        if not isinstance(self.judging, Ranking):
+            return None
+        answers, judged = self.judging.judged(self.judging.split("valid"), self.recipe.reference_limit)
+        references = self.judging.references
+        scores = self._scores(engine.module, [*references, *answers], ctx)
+        assert scores is not None
+        of_references, leads_P = scores[: len(references)], replace(judged, scores_N=scores[len(references) :]).leads_P
+        return RewardFacts(
+            reward_mean=float(of_references.mean()),
+            reward_std=float(of_references.std()),
+            reward_n=len(references),
+            reward_accuracy=share_right(leads_P) if len(leads_P) else None,
+            reward_n_pairs=len(leads_P),
+        )
+
+    def _scores(
+        self, module: nn.Module, rows: Sequence[Any], ctx: Context, should_stop: Callable[[], bool] | None = None
+    ) -> Any:
+        """Scores of rows of ids, on every rank; None if asked to stop."""
+        assert isinstance(module, SequenceClassifier)
+        share = (ctx.ranks.rank, ctx.ranks.world)
+        scores_N1 = score_sequences(module, rows, batch_tokens=self._micro_tokens, share=share, should_stop=should_stop)
+        if scores_N1 is None:
+            return None
+        wide = torch.float32 if ctx.ranks.device.type == "mps" else torch.float64
+        return ctx.ranks.sum_(scores_N1[:, 0].to(ctx.ranks.device, wide)).double().cpu().numpy()
+
+    def _report(self, engine: Engine, ctx: Context) -> bool:
+        """Writes the report card of the finished model; False if asked to stop."""
+        if not isinstance(self.judging, Ranking):
+            return True
+        sources = self.judging.split("test") or self.judging.split("valid")
+        answers, judged = self.judging.judged(sources)
+        if not answers:
+            ctx.log.say("report     no pair was held out, so nothing can be said of this reward model: set data.valid")
+            return True
+        with engine.evaluating() as module:
+            scores = self._scores(module, answers, ctx, ctx.all_should_stop)
+        if scores is None:
+            return False
+        if ctx.ranks.is_main:
+            card = report_card(replace(judged, scores_N=scores))
+            replace_file(ctx.out / "reward_card.json", to_json(card))
+            drawn = draw_card(card, ctx.out / "reward_card.png", ctx.out.name) if self.recipe.log.plot else None
+            for line in card_lines(card):
+                ctx.log.say(line)
+            ctx.log.say(f"report     {ctx.out / 'reward_card.json'}" + (f" and {drawn.name}" if drawn else ""))
+        return True
+
+    # --- what a checkpoint tells -----------------------------------------------------------------------------------------
 
     def files(self, engine: Engine) -> dict[str, bytes]:
         facts = {"stage": "reward", "objective": self.recipe.objective, "step": engine.step, **self.facts()}
+        facts |= self.reward_facts.to_json() if self.reward_facts is not None else {}
+        if not self.recipe.is_labelled:
+            facts |= {"chat": self.recipe.data.chat, "system": self.recipe.data.system}
+        if self.recipe.objective == "process":
+            facts["step_separator"] = self.recipe.step_separator
         return model_files(
             self.model_config,
             engine.dtype,
             self.tokenizer,
             facts,
             head="classify",
-            n_labels=self.n_scores,
-            labels=self.data.classes or None,
-            problem_type="single_label_classification" if self.data.classes else "regression",
+            n_labels=self.judging.n_scores,
+            labels=self.judging.classes or None,
+            problem_type="single_label_classification" if self.judging.classes else "regression",
         )
 
     def facts(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer.hash, "data": self.data.fingerprint}
+        return {"tokenizer": self.tokenizer.hash, "data": self.judging.fingerprint}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing but facts: the order of the data is a function of the step."""
-        return self.facts()
+        """Facts alone, for the order of the data is a function of the step; and what was measured after the last one."""
+        return {**self.facts(), "reward": self.reward_facts and self.reward_facts.to_json()}
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Refuses to go on with other data or another tokenizer."""
         refuse_changes(self.recipe, self.facts(), state)
+        self.reward_facts = RewardFacts(**state["reward"]) if state.get("reward") else None
 
     def _describe(self, loader: RowLoader) -> str:
-        data = self.data
-        n_train, n_valid = (sum(map(len, split)) for split in (data.train, data.valid))
-        n_cut = sum(s.n_cut for s in data.train)
-        longest = max(int(np.diff(s.starts).max()) for s in data.train)
-        judged = f"classes {', '.join(data.classes)}" if data.classes else f"{self.n_scores} number(s)"
-        epochs = self.recipe.steps * loader.rows_per_step / n_train
-        lines = [
-            f"data       {n_train:,} texts to train on, {n_valid:,} held out; {epochs:.2f} epochs; {judged}; the longest "
-            f"has {longest} tokens" + (f"; {n_cut:,} were cut to {self.row_len}" if n_cut else "")
-        ]
-        costs = cost(self.recipe, self.model_config, network)
-        return describe_step(self.recipe, costs, self.model_config, self.tokenizer, loader, lines)
+        recipe, costs = self.recipe, cost(self.recipe, self.model_config, network)
+        epochs = recipe.steps * loader.rows_per_step / sum(loader.n_rows)
+        told = f"data       {self.judging.describe()}; {epochs:.2f} epochs"
+        lines = describe_step(recipe, costs, self.model_config, self.tokenizer, loader, [told]).splitlines()
+        if isinstance(self.judging, Ranking):  # whose micro-batches are cut by length
+            lines = [line for line in lines if not line.startswith("step ")] + [
+                f"step       {loader.rows_per_step:,} prompts with all their answers on {loader.world} rank(s), at most "
+                f"{self._micro_tokens:,} tokens in a forward pass; {recipe.steps} steps"
+            ]
+        return "\n".join(lines)
 
 
-def macro_f1(confusion_CC: np.ndarray[Any, Any]) -> float:
-    """Mean over classes of the harmonic mean of precision and recall; rows are the right classes, columns the guesses."""
-    right = np.diag(confusion_CC)
-    of_class = confusion_CC.sum(0) + confusion_CC.sum(1)
-    seen = of_class > 0
-    return float((2 * right[seen] / of_class[seen]).mean()) if seen.any() else math.nan
+def _shape(recipe: RewardRecipe, vocab_size: int) -> GPTConfig:
+    """The network's; a judge of answers says the same of the same text, so it has no dropout."""
+    config = model_config(recipe, vocab_size)
+    if recipe.objective == "process" and not config.causal:
+        raise UserError("objective process judges a step by what stands before it, and this model sees both sides")
+    return config if recipe.is_labelled else config.model_copy(update={"dropout": 0.0})
 
 
-def _examples(recipe: RewardRecipe, tokenizer: Tokenizer, length: int, should_stop: Any) -> LabelledData:
-    return prepare_examples(
-        recipe.data,
-        tokenizer,
-        kind=recipe.objective,
-        classes=recipe.classes,
-        row_len=length,
-        should_stop=should_stop,
-    )
+def _quiet(line: str) -> None:
+    """Ranks other than the first say nothing."""
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -226,13 +285,13 @@ def prepare(recipe: RewardRecipe) -> bool | None:
     with stop.listening():
         try:
             tokenizer = tokenizer_of(recipe, lambda: bool(stop))
-            length = row_len(recipe, model_config(recipe, tokenizer.vocab_size))
-            data = _examples(recipe, tokenizer, length, lambda: bool(stop))
+            length = row_len(recipe, _shape(recipe, tokenizer.vocab_size))
+            judging = judging_of(recipe, tokenizer, length, lambda: bool(stop), print)
         except Interrupted:
             return None
     for split in ("train", "valid", "test"):
-        for examples in getattr(data, split):
-            print(f"{split:5s} {examples.name}: {len(examples):,} texts, {len(examples.tokens):,} tokens")
+        for source in judging.split(split):
+            print(f"{split:5s} {source.name}: {judging.count(source)}")
     return True
 
 
