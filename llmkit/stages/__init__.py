@@ -8,13 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config import Config, Data, UserError, Where, load
-from llmkit.stages.recipes import PretrainRecipe, RewardRecipe, TokenizerRecipe
+from llmkit.stages.recipes import (
+    DPORecipe,
+    GRPORecipe,
+    PPORecipe,
+    PretrainRecipe,
+    RewardRecipe,
+    SftRecipe,
+    TokenizerRecipe,
+)
 
 # stage -> (its recipe, the module whose `run(recipe)` runs it: imported when it is, since most import torch)
 STAGES: dict[str, tuple[type[Config], str]] = {
     "tokenizer": (TokenizerRecipe, "llmkit.stages.tokenizer"),
     "pretrain": (PretrainRecipe, "llmkit.stages.pretrain"),
+    "sft": (SftRecipe, "llmkit.stages.sft"),
     "reward": (RewardRecipe, "llmkit.stages.reward"),
+    "dpo": (DPORecipe, "llmkit.stages.dpo"),
+    "ppo": (PPORecipe, "llmkit.stages.ppo"),
+    "grpo": (GRPORecipe, "llmkit.stages.grpo"),
 }
 
 

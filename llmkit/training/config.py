@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from llmkit.config import Config
 from llmkit.inference.config import SamplingConfig
+from llmkit.rollout.rewards.config import AnswersConfig
 
 
 class BatchConfig(Config):
@@ -104,6 +105,8 @@ class EvalConfig(Config):
     """Which weights are evaluated."""
     samples: SampleConfig = SampleConfig()
     """Text written at every evaluation."""
+    answers: AnswersConfig | None = None
+    """Answers to held-out prompts, written at every evaluation of sft, dpo, ppo and grpo, and graded."""
 
 
 class SaveConfig(Config):

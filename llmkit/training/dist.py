@@ -49,6 +49,15 @@ class Ranks:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return list(self.sum_(torch.tensor(numbers, dtype=dtype, device=self.device)).tolist())
 
+    def max_number(self, number: float) -> float:
+        """The largest of the ranks' numbers."""
+        if self.world == 1:
+            return number
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        largest = torch.tensor(number, dtype=dtype, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return float(largest.item())
+
     def sum_hash(self, value: int) -> int:
         """Adds 63-bit hashes up over all ranks, modulo 2^63."""
         if self.world == 1:
@@ -60,6 +69,29 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank; all ranks get the same answer and so act together."""
         return bool(self.sum_(torch.tensor(int(flag), device=self.device)).item()) if self.world > 1 else flag
+
+    def concat(self, tensor: Tensor) -> Tensor:
+        """The ranks' one-dimensional tensors, of any lengths, one after the other, on every rank."""
+        if self.world == 1:
+            return tensor
+        sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(tensor)
+        ends = self.sum_(sizes).cumsum(0).tolist()
+        whole = torch.zeros(ends[-1], dtype=tensor.dtype, device=self.device)
+        whole[ends[self.rank] - len(tensor) : ends[self.rank]] = tensor.to(self.device)
+        return self.sum_(whole).to(tensor.device)  # all but one rank add zeros, so every bit is that rank's
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """This rank's share of some work. If it fails on one rank, it fails on all, instead of leaving them waiting."""
+        error: BaseException | None = None
+        result = None
+        try:
+            result = work()
+        except Exception as e:
+            error = e
+        if self.any(error is not None):
+            raise error or MachineError(f"rank {self.rank}: another rank failed: see its message")
+        return result
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value (JSON) on every rank."""

@@ -105,12 +105,18 @@ class Engine:
         self.stats: dict[str, Tensor] = {}  # of the last step: `LossSum.stats` summed over micro-batches and ranks
         self.dtype = PRECISIONS[config.precision]
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.module = module.to(device=self.ranks.device, dtype=wide)
+        if self.dtype == wide:
+            self.module = module.to(device=self.ranks.device, dtype=wide)
+            self.masters = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
+        else:
+            # The masters first: what is frozen needs none, and must not pass through fp32 on its way.
+            self.masters = {
+                n: p.detach().to(device=self.ranks.device, dtype=wide, copy=True)
+                for n, p in module.named_parameters()
+                if p.requires_grad
+            }
+            self.module = module.to(device=self.ranks.device, dtype=self.dtype)  # new storage, the same parameters
         trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self.masters = {n: p.detach() for n, p in trained.items()}
-        if self.dtype != wide:
-            self.masters = {n: t.clone() for n, t in self.masters.items()}
-            self.module.to(self.dtype)  # replaces the parameters' storage, not the parameters
         self.parameters = trained
         self.flat_grad = torch.zeros(sum(t.numel() for t in trained.values()), dtype=wide, device=self.ranks.device)
         pieces = self.flat_grad.split([t.numel() for t in trained.values()])

@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor
 
 from llmkit.config import Interrupted, UserError, dump, flatten
+from llmkit.model.saving import saved_files
 from llmkit.plan import peak_flops
 from llmkit.storage import (
     Damaged,
@@ -409,7 +410,7 @@ class _Run:
             "log": self.log.lengths(),
             "world": self.ranks.world,
         }
-        blobs = {**self.task.files(self.engine), STATE: to_json(state).encode()}
+        blobs = {**saved_files(self.task.files(self.engine), self.engine.module), STATE: to_json(state).encode()}
         facts = {
             "world_size": self.ranks.world,
             "run": self.out.name,

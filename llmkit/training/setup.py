@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,18 @@ from llmkit.config import UserError
 from llmkit.data.config import DataConfig
 from llmkit.data.loader import RowLoader
 from llmkit.data.texts import obtain_tokenizer
+from llmkit.model.adapters import base_named, refuse_other_base
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT, init_weights
 from llmkit.model.hf import read_config
-from llmkit.model.weights import load_model, load_weights
+from llmkit.model.lora import adapter_size, adapters_of, apply_lora, describe, heads_of, without_adapters
+from llmkit.model.weights import LoadReport, load_model, load_weights
 from llmkit.plan import Cost, cost_of, require_memory
 from llmkit.stages.recipes import ModelRecipe
-from llmkit.storage import resolve_model
+from llmkit.storage import checkpoints_of, resolve_model
 from llmkit.tokenizer import Tokenizer
-from llmkit.training.dist import pick_device
-from llmkit.training.engine import PRECISIONS
+from llmkit.training.dist import Ranks, pick_device
+from llmkit.training.engine import PRECISIONS, seed_of
 from llmkit.training.freeze import frozen_names
 from llmkit.training.optim import hidden_matrices
 
@@ -169,18 +173,97 @@ def most_rows(recipe: ModelRecipe, row_len: int) -> int:
 
 
 def language_model(recipe: ModelRecipe, config: GPTConfig, n_tokens: int, say: Callable[[str], None]) -> GPT:
-    """The network to be trained, with its first weights: drawn, or those of init_from."""
+    """The network to be trained, with its first weights: drawn, or those of init_from; with `lora` beside adapters."""
     model = GPT(config, recipe.activation_checkpointing)
     if recipe.init_from is None:
         init_weights(model, recipe.seed)
     else:
-        say(f"init_from  {load_weights(model, resolve_model(recipe.init_from), n_tokens=n_tokens)}")
+        report = load_weights(model, resolve_model(recipe.init_from), n_tokens=n_tokens)
+        say(f"init_from  {report}")
+        adapt(model, recipe, recipe.init_from, report, say)
     return model
+
+
+def adapt(
+    model: nn.Module, recipe: ModelRecipe, name: str, report: LoadReport, say: Callable[[str], None], part: str = ""
+) -> None:
+    """Gives a network adapters if the recipe asks for them.
+
+    Args:
+        model: with its weights loaded.
+        recipe: its `lora`, seed and folder count.
+        name: the base that the weights are of, as the recipe names it.
+        report: what became of them.
+        say: is told what is trained.
+        part: where in a checkpoint the network lies: "critic/", or nothing.
+
+    Raises:
+        UserError: the base has no embeddings for some tokens, or is not the one that the run was started with.
+    """
+    if recipe.lora is None:
+        return
+    if report.resized:
+        old = next(iter(report.resized.values()))[0]
+        raise UserError(
+            f"lora: the tokenizer has more tokens than the {old} of {name}: their embeddings would stay untrained: extend "
+            "the model in a run without lora first"
+        )
+    base = base_named(name)
+    for checkpoint in checkpoints_of(Path(recipe.out))[:1]:
+        refuse_other_base(checkpoint / part, base)
+    apply_lora(model, recipe.lora, seed_of(recipe.seed, "lora", part), base)
+    say(f"lora       {describe(model)}")
+
+
+Reference = Callable[[], AbstractContextManager[GPT]]
+
+
+def reference_of(recipe: ModelRecipe, actor: GPT, path: str | None, tokenizer: Tokenizer, ranks: Ranks) -> Reference:
+    """The model that a policy is held near to, as a context in which it may be asked.
+
+    It is a model of its own, frozen, or, where the policy's weights are frozen beside adapters, the policy without them:
+    that needs no second copy.
+
+    Args:
+        recipe: says the precision.
+        actor: the policy, with its first weights.
+        path: another model than the policy as it starts.
+        tokenizer: the policy's, which a model of another must share.
+        ranks: where the model goes.
+
+    Raises:
+        UserError: for a model with other tokens.
+    """
+    if path is None and adapters_of(actor):
+
+        @contextmanager
+        def adapters_off() -> Iterator[GPT]:
+            with without_adapters(actor):
+                yield actor
+
+        return adapters_off
+    dtype = PRECISIONS[recipe.precision]
+    if path is None:
+        model = copy.deepcopy(actor).to(device=ranks.device, dtype=dtype).eval().requires_grad_(False)
+    else:
+        refuse_other_tokenizer(resolve_model(path), tokenizer, f"reference ({path})")
+        model = frozen_model(path, ranks.device, recipe.precision)
+    return lambda: nullcontext(model)
 
 
 def frozen_model(path: str, device: torch.device, precision: str) -> GPT:
     """A model that is only asked: a reference or a teacher, in evaluation mode, without gradients."""
     return load_model(resolve_model(path), PRECISIONS[precision], device)
+
+
+def refuse_other_tokenizer(folder: Path, tokenizer: Tokenizer, name: str) -> None:
+    """Raises UserError if the ids of a model's tokenizer mean something else than those of the policy's."""
+    other = Tokenizer.load(folder)
+    if other.hash != tokenizer.hash:
+        raise UserError(
+            f"{name}: its tokenizer has other ids than the policy's (hash {other.hash[:12]}, {tokenizer.hash[:12]}): take a "
+            "model that was trained with the same tokenizer"
+        )
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -192,7 +275,6 @@ def cost(recipe: ModelRecipe, config: GPTConfig, network: Network = GPT) -> Cost
     """What training a network of this shape costs; `network` builds it, to know what `freeze` means."""
     length = row_len(recipe, config)
     rows = rows_per_step(recipe, length)
-    frozen = _frozen(recipe, config, network) if recipe.freeze else {}
     return cost_of(
         config,
         seq_len=length,
@@ -203,18 +285,31 @@ def cost(recipe: ModelRecipe, config: GPTConfig, network: Network = GPT) -> Cost
         activation_checkpointing=recipe.activation_checkpointing,
         ema=recipe.optim.ema_decay is not None,
         momentum=bool(recipe.optim.momentum),
-        **frozen,
+        **trained_share(recipe, config, network),
     )
 
 
-def _frozen(recipe: ModelRecipe, config: GPTConfig, network: Network) -> dict[str, int]:
-    """How many parameters are not trained, counted on a network without memory."""
+def trained_share(recipe: ModelRecipe, config: GPTConfig, network: Network = GPT) -> dict[str, int]:
+    """How many parameters are not trained, and how many adapters add, counted on a network without memory; what
+    `plan.cost_of` takes."""
+    if not recipe.freeze and recipe.lora is None:
+        return {}
     with torch.device("meta"):
         module = network(config)
     sizes = {name: p.numel() for name, p in module.named_parameters()}
-    frozen = frozen_names(list(sizes), recipe.freeze)
+    adapters: dict[str, int] = {}
+    if recipe.lora is None:
+        frozen = frozen_names(list(sizes), recipe.freeze)
+    else:
+        frozen = sizes.keys() - heads_of(module).keys()
+        matrices, lengths, packed = adapter_size(module, recipe.lora)
+        adapters = {"n_adapter": matrices + lengths, "n_adapter_hidden": matrices, "n_packed": packed}
     hidden = frozen & hidden_matrices(module)
-    return {"n_frozen": sum(sizes[n] for n in frozen), "n_frozen_hidden": sum(sizes[n] for n in hidden)}
+    return {
+        "n_frozen": sum(sizes[n] for n in frozen),
+        "n_frozen_hidden": sum(sizes[n] for n in hidden),
+        **adapters,
+    }
 
 
 def mixture_weights(data: DataConfig, n_rows: Sequence[int]) -> list[float]:
@@ -262,6 +357,8 @@ def plan(recipe: ModelRecipe, network: Network = GPT) -> Iterator[str]:
     tokens = recipe.steps * step_tokens
     active = f", {costs.n_active_params:,} at work for a token" if config.experts is not None else ""
     yield f"parameters   {costs.n_params:,} ({costs.n_embedding_params:,} in embeddings{active}), {config.family}"
+    if (n := costs.n_trained_params) < costs.n_params:
+        yield f"trained      {n:,} ({n / costs.n_params:.2%})"
     yield f"tokens       {tokens:,} in {recipe.steps:,} steps of {step_tokens:,}"
     yield f"work         {costs.flops_per_token * tokens:.3g} FLOP ({costs.flops_per_token:.3g} a token)"
     yield (

@@ -205,6 +205,9 @@ class ModelReward(_Part):
     """A run of stage reward, a checkpoint, or a folder of a *ForSequenceClassification with one label."""
     normalise: bool = True
     """Uses the stored mean and std; where the folder has none, the score is taken as it is, which is said once."""
+    min_accuracy: float | None = Field(0.6, ge=0, le=1)
+    """A reward model that tells less than this share of its held-out pairs right is refused: a policy would learn its
+    mistakes. Only what its folder tells is looked at; null: any will do."""
     clip: float | None = Field(10.0, gt=0)
     """Bounds the normalised score to this in both directions."""
     micro_tokens: int = Field(8192, ge=1)

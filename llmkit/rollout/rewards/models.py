@@ -32,7 +32,14 @@ class ModelGrader:
         dtype = torch.float32 if device.type == "cpu" else None
         self.model: SequenceClassifier = load_classifier(folder, dtype, device, n_scores=1)
         self.model.requires_grad_(False)
-        self.facts = read_reward_facts(folder) if config.normalise else None
+        facts = read_reward_facts(folder)
+        accuracy, least = None if facts is None else facts.reward_accuracy, config.min_accuracy
+        if accuracy is not None and least is not None and accuracy < least:
+            raise UserError(
+                f"{config.path}: it ranks {accuracy:.0%} of its held-out pairs right, less than min_accuracy ({least:.0%}): "
+                "train a better one, or set min_accuracy to null to be taught its mistakes"
+            )
+        self.facts = facts if config.normalise else None
 
     def describe(self) -> str:
         told = "scores as they are: its folder tells no mean and std" if self.config.normalise else "scores as they are"

@@ -1,0 +1,474 @@
+"""The step shape of stages that train on a policy's own answers: collect -> updates -> collect.
+
+A unit of progress is one update; the first on a rollout also collects it. A rollout is a function of the weights before
+it and the run's seed, so one that is cut short is simply made again; between its updates it is part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmkit.config import Interrupted, TrainingStopped, UserError
+from llmkit.losses import LossSum
+from llmkit.losses.logprobs import token_logprobs
+from llmkit.losses.policy import Aggregation
+from llmkit.model.config import GPTConfig
+from llmkit.model.gpt import GPT
+from llmkit.plan import flops_per_token
+from llmkit.rollout.answers import AnswerEval
+from llmkit.rollout.batch import PolicyBatch, Rollouts, by_length
+from llmkit.rollout.collector import Collector, described
+from llmkit.rollout.environment import Environment, environment_of
+from llmkit.rollout.loss import Surrogate, policy_loss
+from llmkit.rollout.minibatch import micro_batches, minibatch, tokens_hash
+from llmkit.rollout.prompts import PromptData, PromptOrder, read_prompts
+from llmkit.rollout.record import record
+from llmkit.rollout.rewards.base import Rewards
+from llmkit.stages.recipes.policy import PolicyRecipe
+from llmkit.tokenizer import Tokenizer
+from llmkit.training.engine import Engine, Metrics, seed_of
+from llmkit.training.loop import Context, Outcome, Stop, Task, train
+from llmkit.training.setup import (
+    language_model,
+    model_config,
+    reference_of,
+    refuse_changes,
+    row_len,
+    tokenizer_of,
+)
+
+# How far the first ratios of a rollout may be from 1: rounding alone makes them differ (B72).
+_RATIO_LIMITS = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.1, "fp16": 0.1}
+Ask = Callable[[Tensor, Tensor], Tensor]  # (ids, labels) [B, T] -> a number for each position [B, T]
+
+
+class PolicyTask(Task):
+    """What PPO and GRPO share. A stage adds what its answers are credited with, and its loss."""
+
+    aggregation: Aggregation
+    """How tokens are weighed in the loss."""
+    needs_reference: bool
+    needs_old: bool
+    """Whether the log-probabilities of the policy that sampled must be known apart from those in the update."""
+    stage: ClassVar[str]
+
+    def __init__(self, recipe: PolicyRecipe):
+        self.recipe = recipe
+        self.tokenizer: Tokenizer
+        self.model_config: GPTConfig
+        self.prompts: PromptData
+        self.rewards: Rewards | None = None
+        self.flops_per_token = 0.0
+        self.drawn = 0  # prompts so far
+        self.n_rollouts = 0
+        self.cursor = 0  # updates made on the present rollout
+        self.kl_coef = recipe.kl.coef
+        self.rollouts: Rollouts | None = None
+        self.answers: AnswerEval | None = None
+        self.environment: Environment | None = None
+        self._deviation = 0.0  # of a ratio from 1, the largest of this rank's micro-batches in the present update
+
+    # --- what a stage adds -----------------------------------------------------------------------------------------
+
+    def network(self, actor: GPT, ctx: Context) -> nn.Module:
+        """The module that is trained: the policy, or the policy and a critic."""
+        return actor
+
+    def actor_of(self, module: nn.Module) -> GPT:
+        """The policy in it."""
+        assert isinstance(module, GPT)
+        return module
+
+    def credit(self, rollouts: Rollouts, engine: Engine, ctx: Context) -> tuple[Rollouts, Metrics]:
+        """The rollout with its advantages, and what the log should say of that."""
+        raise NotImplementedError
+
+    def loss(self, module: nn.Module, batch: PolicyBatch) -> LossSum:
+        """Sum over a micro-batch; its `stats` are sums over actions, `actions` among them."""
+        raise NotImplementedError
+
+    def resting(self, engine: Engine) -> Sequence[str]:
+        """Parts that the next update leaves as they are."""
+        return ()
+
+    def wanted(self, rollouts: Rollouts) -> Tensor | None:
+        """Which answers are worth an update, bool [N]: those of other groups are replaced by new ones. None: all."""
+        return None
+
+    # --- before the first step ---------------------------------------------------------------------------------------
+
+    def prepare(self, ctx: Context) -> None:
+        """Tokenizer and prompts."""
+        recipe = self.recipe
+        self.tokenizer = tokenizer_of(recipe, ctx.should_stop)
+        shape = model_config(recipe, self.tokenizer.vocab_size)
+        self.model_config = shape.model_copy(update={"dropout": 0.0})
+        self.row_len = row_len(recipe, self.model_config)
+        self.flops_per_token = flops_per_token(self.model_config, self.row_len)
+        if recipe.data.chat and not self.tokenizer.ends_turns:
+            raise UserError(
+                "the chat template writes no control token after the assistant's turn, so no answer would ever end: "
+                "choose another (tokenizer.chat_template)"
+            )
+        longest = self.row_len - recipe.rollout.max_new_tokens
+        asked = recipe.rollout.max_prompt_len or longest
+        if not 0 < asked <= longest:
+            raise UserError(
+                f"rollout.max_new_tokens ({recipe.rollout.max_new_tokens}) and prompts of {asked} tokens don't fit rows of "
+                f"{self.row_len}: lower them, or raise batch.max_len up to model.max_seq_len"
+            )
+        if self.rewards is None:
+            self.rewards = Rewards(recipe.rewards, self.tokenizer, ctx.ranks.device)
+        self.prompts = read_prompts(
+            recipe.data,
+            self.tokenizer,
+            asked,
+            check=self.rewards.check,
+            should_stop=ctx.should_stop,
+            say=ctx.log.say,
+        )
+
+    def build(self, ctx: Context) -> nn.Module:
+        recipe = self.recipe
+        assert self.rewards is not None
+        self.environment = environment_of(recipe.environment, self.tokenizer)
+        actor = language_model(recipe, self.model_config, self.tokenizer.vocab_size, ctx.log.say)
+        module = self.network(actor, ctx)
+        self.reference = (
+            reference_of(recipe, actor, recipe.reference, self.tokenizer, ctx.ranks) if self.needs_reference else None
+        )
+        self.order = PromptOrder(self.prompts, seed_of(recipe.seed, "order"))
+        self.collector = Collector(
+            recipe.rollout,
+            self.tokenizer,
+            self.rewards,
+            ctx.ranks,
+            recipe.seed,
+            self.environment,
+        )
+        if recipe.eval.answers is not None:
+            self.answers = AnswerEval(
+                recipe.eval.answers,
+                self.tokenizer,
+                chat=recipe.data.chat,
+                system=recipe.data.system,
+                max_seq_len=self.model_config.max_seq_len,
+                device=ctx.ranks.device,
+            )
+        self._all_prompts = self.prompts.all
+        if ctx.ranks.is_main:
+            ctx.log.say(self._describe(ctx))
+        return module
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a forward pass, padding included."""
+        return self.recipe.batch.micro_tokens or 8192
+
+    def close(self) -> None:
+        """Ends the processes of graders and tools."""
+        for held in (self.rewards, self.answers, self.environment):
+            if held is not None:
+                held.close()
+
+    def _describe(self, ctx: Context) -> str:
+        recipe, n = self.recipe, self.recipe.rollout.prompts_per_step * self.recipe.rollout.samples_per_prompt
+        n_train, n_valid = (sum(map(len, s)) for s in (self.prompts.train, self.prompts.valid))
+        steps = recipe.update.steps
+        lines = [
+            f"prompts    {n_train:,} to train on, {n_valid:,} held out"
+            + (f"; {self.prompts.n_cut:,} were cut at their beginning" if self.prompts.n_cut else ""),
+            f"rollout    {recipe.rollout.prompts_per_step} prompts x {recipe.rollout.samples_per_prompt} answers of at most "
+            f"{recipe.rollout.max_new_tokens} tokens at temperature {recipe.rollout.temperature:g}, on {ctx.ranks.world} "
+            "rank(s)",
+            f"updates    {recipe.update.minibatches} minibatch(es) of {n // recipe.update.minibatches} answers x "
+            f"{recipe.update.epochs} epoch(s): {recipe.steps} steps are {-(-recipe.steps // steps)} rollouts",
+        ]
+        lines += [f"rewards    {line}" for line in self.rewards.describe()] if self.rewards is not None else []
+        lines += [f"tools      {self.environment.describe()}"] if self.environment is not None else []
+        return "\n".join(lines)
+
+    # --- one update --------------------------------------------------------------------------------------------------
+
+    def step(self, engine: Engine, ctx: Context) -> Metrics:
+        told: Metrics = {}
+        answers = self._next_answers()
+        while answers is None:
+            told = self._collect(engine, ctx)
+            answers = self._next_answers()
+        ranks = ctx.ranks
+        batches = micro_batches(
+            answers, self.aggregation, self.recipe.rollout.max_new_tokens, self.most_tokens, ranks.rank, ranks.world
+        )
+        self._deviation = 0.0
+        metrics = engine.update(batches, self.loss, self._accept(engine, ctx), self.resting(engine))
+        metrics |= self._means(engine) | told
+        metrics["tokens"], metrics["data_hash"] = float(answers.lengths_N.sum()), tokens_hash(answers)
+        metrics["ratio_deviation"] = ranks.max_number(self._deviation)
+        self.cursor += 1
+        if self.cursor >= self.recipe.update.steps or metrics.get("stopped_early"):
+            self.rollouts, self.cursor = None, 0
+        return metrics
+
+    def _next_answers(self) -> Rollouts | None:
+        """The answers of the next update on this rollout, over those from which nothing is to be learnt; None: there is
+        no other update on it."""
+        said = self.recipe.update
+        while self.rollouts is not None:
+            if self.cursor >= said.steps:
+                self.rollouts, self.cursor = None, 0
+                break
+            rows = minibatch(len(self.rollouts), said.minibatches, self.cursor, self.n_rollouts, self.recipe.seed)
+            if self.rollouts.actions_NT[rows].any():
+                return self.rollouts.rows(rows)
+            self.cursor += 1
+        return None
+
+    def _accept(self, engine: Engine, ctx: Context) -> Callable[[Metrics], bool]:
+        """Looks at an update before it is applied."""
+
+        def accept(metrics: Metrics) -> bool:
+            if self.cursor == 0 and self.needs_old:
+                limit = _RATIO_LIMITS[self.recipe.precision]
+                worst = self._deviation
+                if ctx.ranks.any(not worst <= limit):
+                    raise TrainingStopped(
+                        f"step {engine.step + 1}: before the first update on a rollout every ratio of the policy to itself "
+                        f"is 1, but one is off by {worst:.2g} (limit {limit:g}): what is trained is not what is sampled"
+                    )
+            target = self.recipe.update.target_kl
+            if target is None or self.cursor == 0:
+                return True
+            moved = self._means(engine)["approx_kl"]
+            metrics["stopped_early"] = float(moved > target)
+            return moved <= target
+
+        return accept
+
+    def policy_loss(self, actor: GPT, batch: PolicyBatch, surrogate: Surrogate, entropy: float) -> LossSum:
+        """A surrogate with all that the recipe adds to it: see `rollout.loss`."""
+        out, deviation = policy_loss(
+            actor,
+            batch,
+            surrogate,
+            rollout=self.recipe.rollout,
+            kl=self.recipe.kl,
+            kl_coef=self.kl_coef,
+            reference=self.reference,
+            entropy=entropy,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        self._deviation = max(self._deviation, deviation.item())
+        return out
+
+    def _means(self, engine: Engine) -> Metrics:
+        """The loss's statistics per action."""
+        stats = {name: value.item() for name, value in engine.stats.items()}
+        n = stats.pop("actions", 0.0)
+        return {name: value / n for name, value in stats.items()} if n else {}
+
+    # --- one rollout ---------------------------------------------------------------------------------------------------
+
+    def _collect(self, engine: Engine, ctx: Context) -> Metrics:
+        """Samples, grades and credits the answers of the next rollout.
+
+        Raises Interrupted with nothing changed.
+        """
+        recipe, drawn = self.recipe, self.drawn
+        self.collector.seconds = dict.fromkeys(self.collector.seconds, 0.0)
+        rollouts, drawn, extra = self._sampled(engine, ctx, drawn)
+        told = {**described(rollouts), **extra}
+        rollouts = rollouts.without_ungraded()
+        if not rollouts.n_actions:
+            raise UserError("rewards: no answer of a rollout could be graded: see the graders' errors")
+        asked: dict[str, Ask] = {}
+        if self.needs_old:
+            asked["old_NT"] = lambda ids, labels: self.logprobs(self.actor_of(engine.module), ids, labels)
+        if self.reference is not None:
+            asked["ref_NT"] = self._ask_reference
+        with engine.evaluating():
+            rollouts = rollouts.knowing(self.over_answers(rollouts, asked, engine, ctx))
+            rollouts, credited = self.credit(rollouts, engine, ctx)
+        self.rollouts, self.drawn, self.cursor = rollouts, drawn, 0
+        self.n_rollouts += 1
+        if not rollouts.n_actions:
+            raise UserError(
+                "nothing of a rollout is to be learnt: every answer was cut off: raise rollout.max_new_tokens"
+            )
+        told |= {**credited, **self._kl(rollouts)}
+        for part, n in self.collector.errors.items():
+            if n:
+                told[f"errors/{part}"] = n
+        every = recipe.rollout.record_every
+        if every is not None and (self.n_rollouts - 1) % every == 0 and ctx.ranks.is_main:
+            record(ctx.out, self.n_rollouts, rollouts, self._all_prompts, self.tokenizer)
+        ctx.log.timing({"step": engine.step + 1, **{k: round(v, 4) for k, v in self.collector.seconds.items()}})
+        return {f"rollout/{name}": value for name, value in told.items()}
+
+    def _sampled(self, engine: Engine, ctx: Context, drawn: int) -> tuple[Rollouts, int, Metrics]:
+        """A rollout's graded answers, how many prompts are then drawn, and what the log should say."""
+        n_prompts, actor = self.recipe.rollout.prompts_per_step, self.actor_of(engine.module)
+        dtype = engine.flat_grad.dtype
+        rollouts = self.collector.draw(actor, self.order, drawn, n_prompts, ctx.should_stop, dtype)
+        drawn += n_prompts
+        wanted_N = self.wanted(rollouts)
+        if wanted_N is None:
+            return rollouts, drawn, {}
+        kept = rollouts.rows(wanted_N.nonzero()[:, 0])
+        n_answers, n_tried = len(rollouts), n_prompts
+        for _ in range(self.recipe.rollout.max_refills):
+            if len(kept) >= n_answers:
+                break
+            more = self.collector.draw(actor, self.order, drawn, n_prompts, ctx.should_stop, dtype)
+            drawn, n_tried = drawn + n_prompts, n_tried + n_prompts
+            fresh = self.wanted(more)
+            assert fresh is not None
+            kept = kept.joined([more.rows(fresh.nonzero()[:, 0])])
+        if (
+            len(kept) < n_answers
+        ):  # the rest is filled up with groups that teach nothing, so that sizes stay what they are
+            spare = (~wanted_N).nonzero()[:, 0][: n_answers - len(kept)]
+            kept = kept.joined([rollouts.rows(spare)]) if len(kept) else rollouts.rows(spare)
+        told = {"prompts_tried": float(n_tried)}
+        return kept.rows(torch.arange(n_answers)), drawn, told
+
+    def logprobs(self, model: GPT, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Log-probabilities [B, T] of the labels under a model at the rollout's temperature; 0 where there is none."""
+        hidden_BTD = model.forward(ids_BT)
+        return token_logprobs(
+            hidden_BTD,
+            model.head_weight,
+            labels_BT,
+            temperature=self.recipe.rollout.temperature,
+            vocab_size=self.tokenizer.vocab_size,
+        )[0]
+
+    def _ask_reference(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        assert self.reference is not None
+        with self.reference() as model:
+            return self.logprobs(model, ids_BT, labels_BT)
+
+    def over_answers(
+        self, rollouts: Rollouts, asked: dict[str, Ask], engine: Engine, ctx: Context
+    ) -> dict[str, Tensor]:
+        """Functions of (ids, labels) [B, T] over all answers, in the forward passes' sizes of an update; each rank
+        computes a share, all get the whole [N, T]."""
+        labels_NT, ranks = rollouts.labels_NT, ctx.ranks
+        found = {name: torch.zeros(rollouts.ids_NT.shape, dtype=engine.flat_grad.dtype) for name in asked}
+        batches = by_length(rollouts.lengths_N.tolist(), self.most_tokens)
+        for rows in batches[ranks.rank :: ranks.world]:
+            width = int(rollouts.lengths_N[rows[0]])
+            ids_BT, labels_BT = (t[rows][:, :width].to(ranks.device) for t in (rollouts.ids_NT, labels_NT))
+            with torch.no_grad():
+                for name, ask in asked.items():
+                    found[name][rows, :width] = ask(ids_BT, labels_BT).to("cpu", found[name].dtype)
+        return {name: ranks.sum_(t.to(ranks.device)).cpu() for name, t in found.items()}
+
+    def _kl(self, rollouts: Rollouts) -> Metrics:
+        """How far the policy that sampled is from the reference, and with a target the weight that follows from it."""
+        kl = self.recipe.kl
+        if rollouts.ref_NT is None:
+            return {}
+        policy_NT = rollouts.sampler_NT if rollouts.old_NT is None else rollouts.old_NT
+        log_ratio_NT = (policy_NT - rollouts.ref_NT).where(rollouts.actions_NT, 0.0)
+        answers = rollouts.actions_NT.any(1)
+        per_answer = (log_ratio_NT.sum() / answers.sum()).item()
+        k3 = torch.expm1(-log_ratio_NT) + log_ratio_NT
+        told = {
+            "kl_sum": per_answer,
+            "kl_mean": (log_ratio_NT.sum() / rollouts.n_actions).item(),
+            "k3_mean": (k3.sum() / rollouts.n_actions).item(),
+            "kl_coef": self.kl_coef,
+        }
+        if rollouts.old_NT is not None:
+            gap_NT = (rollouts.old_NT - rollouts.sampler_NT).where(rollouts.actions_NT, 0.0)
+            told["sampler_gap_max"] = gap_NT.abs().max().item()
+        if kl.target is not None:
+            error = min(max(per_answer / kl.target - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + error * len(rollouts) / kl.horizon
+        return told
+
+    # --- evaluation ------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, engine: Engine, ctx: Context, split: str) -> Metrics | None:
+        """Answers to held-out prompts, sampled and graded as in training; and `eval.answers`."""
+        metrics: Metrics = {}
+        rows = [row for source in (self.prompts.valid if split == "valid" else self.prompts.test) for row in source]
+        rows = rows[: self.recipe.eval.max_prompts]
+        try:
+            if rows:
+                with engine.evaluating() as module:
+                    actor = self.actor_of(module)
+                    groups, dtype = [row.number for row in rows], engine.flat_grad.dtype
+                    answers = self.collector.answers(actor, rows, groups, "evaluation", ctx.should_stop, dtype)
+                    if self.reference is not None:
+                        found = self.over_answers(answers, {"ref_NT": self._ask_reference}, engine, ctx)
+                        gap_NT = (answers.sampler_NT - found["ref_NT"]).where(answers.actions_NT, 0.0)
+                        metrics[f"{split}/kl_sum"] = (gap_NT.sum() / len(answers)).item()
+                metrics |= {f"{split}/{name}": value for name, value in described(answers).items()}
+            if self.answers is not None:
+                with engine.evaluating() as module:
+                    found_answers = self.answers.evaluate(self.actor_of(module), ctx, engine.step)
+                if found_answers is None:
+                    return None
+                metrics |= found_answers
+        except Interrupted:
+            return None
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    # --- state -----------------------------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer.hash, "data": self.prompts.fingerprint}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **self.facts(),
+            "drawn": self.drawn,
+            "n_rollouts": self.n_rollouts,
+            "cursor": self.cursor,
+            "kl_coef": self.kl_coef,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rollout, as long as there are updates to be made on it."""
+        return {} if self.rollouts is None else self.rollouts.tensors()
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        refuse_changes(self.recipe, self.facts(), state)
+        self.drawn, self.n_rollouts = state["drawn"], state["n_rollouts"]
+        self.cursor, self.kl_coef = state["cursor"], state["kl_coef"]
+        self.rollouts = Rollouts.of(tensors) if tensors else None
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def run_policy(recipe: PolicyRecipe, task: PolicyTask) -> Outcome:
+    """`llmkit train`."""
+    try:
+        return train(recipe, task)
+    finally:
+        task.close()
+
+
+def prepare_policy(recipe: PolicyRecipe) -> bool | None:
+    """`llmkit prepare`: reads the prompts as a run would; None if a signal stopped it."""
+    stop = Stop()
+    with stop.listening():
+        try:
+            tokenizer = tokenizer_of(recipe, lambda: bool(stop))
+            length = row_len(recipe, model_config(recipe, tokenizer.vocab_size))
+            longest = length - recipe.rollout.max_new_tokens
+            data = read_prompts(recipe.data, tokenizer, max(1, longest), should_stop=lambda: bool(stop), say=print)
+        except Interrupted:
+            return None
+    for split in ("train", "valid", "test"):
+        for rows in getattr(data, split):
+            print(f"{split:5s} {len(rows):,} prompts, the longest has {max(len(row.ids) for row in rows)} tokens")
+    return True
