@@ -6,7 +6,12 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("configs", "data/demo", "data/rewards.py", "data/world.py")  # the last two: what the demo's recipes reward by
+SHIPPED = (
+    "configs",
+    "data/demo",
+    "data/rewards.py",
+    "data/world.py",
+)  # the last two: what the demo's recipes reward by
 
 
 class BuildWithRecipes(build_py):

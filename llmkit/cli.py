@@ -85,8 +85,32 @@ def _average(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _merge(args: argparse.Namespace) -> int:
+    from llmkit.tools.merge import run
+
+    return run(args)
+
+
 def _embed(args: argparse.Namespace) -> int:
     from llmkit.tools.embed import run
+
+    return run(args)
+
+
+def _rank(args: argparse.Namespace) -> int:
+    from llmkit.tools.rank import run
+
+    return run(args)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from llmkit.tools.sample import run
+
+    return run(args)
+
+
+def _score(args: argparse.Namespace) -> int:
+    from llmkit.tools.score import run
 
     return run(args)
 
@@ -168,10 +192,89 @@ def _embed_command(commands: Any) -> None:
     embed.set_defaults(run=_embed)
 
 
+def _answer_commands(commands: Any) -> None:
+    rank = commands.add_parser(
+        "rank", help="several answers to each prompt, ranked by a person: data for reward models"
+    )
+    rank.add_argument(
+        "model", nargs="?", help="a run, a checkpoint or a Hugging Face folder, which answers the prompts"
+    )
+    rank.add_argument("--answers", metavar="FILE", help="instead of MODEL and --prompts: rows that hold `responses`")
+    rank.add_argument("-k", type=int, default=4, help="different answers to a prompt; default: 4")
+    rank.add_argument(
+        "--annotator",
+        choices=("person", "simulated", "none"),
+        default="person",
+        help="who ranks them: you, at this terminal; a function with a stated noise; nobody yet",
+    )
+    rank.add_argument(
+        "--utility", action="append", default=[], metavar="REWARD", help="simulated: how good an answer is; see sample"
+    )
+    rank.add_argument(
+        "--noise", type=float, metavar="T", help="simulated: P(a over b) = sigmoid((u_a - u_b) / T), Bradley-Terry"
+    )
+    rank.add_argument("--flip", type=float, metavar="P", help="simulated: a pair is put the wrong way round with P")
+    _drawing_options(rank)
+    rank.set_defaults(run=_rank)
+
+    sample = commands.add_parser("sample", help="best of n answers to each prompt, by rewards: data for stage sft")
+    sample.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
+    sample.add_argument("--n", type=int, default=8, help="answers to a prompt; default: 8")
+    sample.add_argument(
+        "--rewards",
+        action="append",
+        required=True,
+        metavar="REWARD",
+        help="a recipe with rewards, a kind (exact), a mapping ({kind: model, path: DIR}) or package.module:function",
+    )
+    sample.add_argument("--keep", choices=("best", "top_k", "threshold"), default="best", help="default: best")
+    sample.add_argument("--keep-n", type=int, metavar="K", help="top_k: so many")
+    sample.add_argument("--threshold", type=float, help="the least score of an answer that is kept, or that passes")
+    _drawing_options(sample)
+    sample.set_defaults(run=_sample)
+
+
+def _score_command(commands: Any) -> None:
+    score = commands.add_parser("score", help="a reward model's scores for given answers")
+    score.add_argument("model", help="a run, a checkpoint or a Hugging Face folder of a reward model")
+    score.add_argument("file", help="rows with answers, in any layout of sft, reward or dpo, or with `responses`")
+    score.add_argument("--out", metavar="FILE", help="the .jsonl to write: the rows with their scores; default: stdout")
+    score.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as completion=answer")
+    score.add_argument("--limit", type=int, help="only the first so many rows")
+    score.add_argument("--raw", action="store_true", help="no chat template: prompts and answers are plain text")
+    score.add_argument("--batch-tokens", type=int, default=8192, help="most tokens of a forward pass; default: 8192")
+    score.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    score.set_defaults(run=_score)
+
+
+def _drawing_options(parser: Any) -> None:
+    """What `rank` and `sample` are told of the prompts and of how they are answered."""
+    parser.add_argument("--prompts", help="a file, a folder, a glob or a hub data set")
+    parser.add_argument("--out", required=True, help="the .jsonl to write; run again to go on where it stopped")
+    parser.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+    parser.add_argument("--limit", type=int, help="only so many prompts, for now")
+    parser.add_argument("--shuffle", action="store_true", help="the prompts in an order drawn from the seed")
+    parser.add_argument("--batch", type=int, default=16, help="prompts answered side by side; default: 16")
+    parser.add_argument("--raw", action="store_true", help="no chat template: prompts are plain text")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    parser.add_argument("--temperature", type=float, help="default: 1")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end here; may be repeated")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+
+
 def _folder_commands(commands: Any) -> None:
     verify = commands.add_parser("verify", help="check a checkpoint: manifest, hashes, shapes, finite values")
     verify.add_argument("folder", help="a run (all its checkpoints), a checkpoint or a Hugging Face folder")
     verify.set_defaults(run=_verify)
+
+    merge = commands.add_parser("merge", help="one plain model from adapters and the model they belong to")
+    merge.add_argument("adapter", help="a run, a checkpoint or a PEFT folder with adapters")
+    merge.add_argument("out", help="the folder to write")
+    merge.set_defaults(run=_merge)
 
     average = commands.add_parser("average", help="one model from several of one shape: the mean of their weights")
     average.add_argument("out", help="the folder to write")
@@ -200,6 +303,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     _generate_command(commands)
     _embed_command(commands)
+    _answer_commands(commands)
+    _score_command(commands)
     _folder_commands(commands)
     schema = commands.add_parser("schema", help="JSON schema of all recipes, for completion in editors")
     schema.set_defaults(run=_schema)

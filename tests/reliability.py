@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,13 @@ class Child:
 class Server:
     """Starts runs quickly. A context manager: it ends with the test module."""
 
-    def __init__(self, logs: Path):
+    def __init__(self, logs: Path, *stages: str):
+        """`stages`: those whose modules are imported once, besides pretraining's."""
         self._logs, self._n = logs, 0
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, *stages]
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **threads}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **threads}
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -284,6 +287,8 @@ def _serve() -> None:
     import llmkit.stages.pretrain  # noqa: F401 (imported once, for all runs)
     from llmkit.cli import main
 
+    for stage in sys.argv[1:]:
+        import_module(f"llmkit.stages.{stage}")
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)

@@ -25,7 +25,20 @@ from llmkit.inference.generate import generate
 from llmkit.model.weights import load_model
 from llmkit.tokenizer import Tokenizer
 
-COMMANDS = ("train", "prepare", "plan", "generate", "embed", "verify", "average", "schema")
+COMMANDS = (
+    "train",
+    "prepare",
+    "plan",
+    "generate",
+    "embed",
+    "rank",
+    "sample",
+    "score",
+    "verify",
+    "merge",
+    "average",
+    "schema",
+)
 TEXT = "The mill stands by the river. 从前山谷里有一座磨坊。 Mira lives in the valley.\n" * 60
 
 

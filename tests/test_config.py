@@ -382,7 +382,11 @@ ALL = list(dict.fromkeys(c for recipe, _ in STAGES.values() for c in classes(rec
 SMALLEST: dict[str, dict[str, Any]] = {
     "tokenizer": {"stage": "tokenizer", "out": "o", "data": {"path": "x"}},
     "pretrain": {"stage": "pretrain", "out": "o", "data": {"path": "x"}, "model": {}},
+    "sft": {"stage": "sft", "out": "o", "data": {"path": "x"}, "init_from": "m"},
+    "grpo": {"stage": "grpo", "out": "o", "data": {"path": "x"}, "model": {}, "rewards": [{"kind": "exact"}]},
     "reward": {"stage": "reward", "objective": "classify", "out": "o", "data": {"path": "x"}, "model": {}},
+    "ppo": {"stage": "ppo", "out": "o", "data": {"path": "x"}, "model": {}, "rewards": [{"kind": "exact"}]},
+    "dpo": {"stage": "dpo", "out": "o", "data": {"path": "x"}, "init_from": "m"},
 }
 
 

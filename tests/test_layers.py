@@ -35,7 +35,7 @@ FLOORS: list[tuple[str, ...]] = [
     ),
     ("inference", "training.engine", "training.checkpoint", "training.task"),
     ("training.loop", "evaluation", "export"),
-    ("training.supervised", "training.setup", "training.policy", "rollout"),
+    ("training.supervised", "training.setup", "training.judging", "training.preferring", "training.policy", "rollout"),
     ("stages",),
     ("pipeline", "tools", "serving"),
     ("cli",),
