@@ -17,7 +17,8 @@ from kinds import Dice
 CHAT_TRAIN, CHAT_VALID = 115, 17  # rows per kind and language
 HELDOUT, PROMPTS, READING, CHOICES = 22, 34, 110, 24  # the same; reading is one kind
 PREFERENCES, RANKINGS = 140, 180  # pairs per reason and language; rankings per language
-LABELLED_TRAIN, LABELLED_VALID = 110, 40  # per manner and language
+LABELLED_TRAIN, LABELLED_VALID = 75, 40  # per manner and language
+ANALOGIES = 300  # prompts per language, or as many as the train fold has
 FOLLOW_UPS = {"en": ["Thank you. {q}", "And another one. {q}", "{q}"], "zh": ["谢谢。{q}", "再来一个。{q}", "{q}"]}
 
 
@@ -86,6 +87,7 @@ def build(seed: int) -> dict[str, list[dict]]:
     seen: set[str] = set()
     train = draw_items(seed, "chat_train", "train", CHAT_TRAIN, seen=seen)
     prompts = draw_items(seed, "prompts", "train", PROMPTS, seen=seen)
+    analogy_prompts = draw_items(seed, "prompts_analogy", "train", ANALOGIES, kinds=("analogy",))
     mix = Dice(seed, "mix")
     heldout = mix.shuffled(K.public(i) for i in draw_items(seed, "heldout", "heldout", HELDOUT))
     reading = mix.shuffled(K.public(i) for i in draw_items(seed, "reading", "heldout", READING, kinds=("reading",)))
@@ -101,6 +103,7 @@ def build(seed: int) -> dict[str, list[dict]]:
         "labelled_train": judged.labelled(seed, "train", LABELLED_TRAIN),
         "labelled_valid": judged.labelled(seed, "valid", LABELLED_VALID),
         "prompts": numbered("prompt", mix.shuffled(K.public(i) for i in prompts)),
+        "prompts_analogy": [{key: i[key] for key in ("kind", "lang", "prompt", "answer")} for i in analogy_prompts],
         "analogies": analogies(),
     }
 

@@ -1,10 +1,11 @@
 """The whole of RLHF on the demo world: SFT, reward model, PPO, GRPO, DPO; and a table of what each of them achieved.
 
-    python scripts/rlhf_demo.py [--seeds 0,1,2] [--out runs/rlhf] [--stages sft,reward,ppo,grpo,dpo] [ppo.optim.lr=1e-4 ...]
+    python scripts/rlhf_demo.py [--seeds 0,1,2] [--out runs/rlhf] [--stages sft,reward,ppo,...] [ppo.optim.lr=1e-4 ...]
 
-Starts from the demo's base model (`make demo`). Every stage runs its recipe configs/<stage>/demo.yaml with the seed; an
-override begins with the stage's name. Run again, it goes on where it stopped, or only shows the table. The judge is the
-oracle of data/world.py on data/demo/heldout.jsonl, whose questions no stage has seen.
+Starts from the demo's base model (`make demo`). Reward model and DPO begin with the SFT model; PPO with `manners`, which
+answers in whole sentences, politely or not; GRPO with `short`, a third of the SFT. Every stage runs its recipe with the
+seed; an override begins with the stage's name. Run again, it goes on where it stopped, or only shows the table. The judge
+is the oracle of data/world.py on data/demo/heldout.jsonl, whose questions no stage has seen.
 """
 
 from __future__ import annotations
@@ -28,12 +29,23 @@ from llmkit.model.weights import load_model
 from llmkit.rollout.rewards.base import Rewards
 from llmkit.rollout.rewards.config import ModelReward
 from llmkit.rollout.rewards.grading import Answer
+from llmkit.stages import load_recipe
 from llmkit.storage import replace_file, resolve_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.log import read_lines
 
-STAGES = ("sft", "reward", "ppo", "grpo", "dpo")
-CHAT = ("sft", "ppo", "grpo", "dpo")  # stages whose model answers
+# Of every stage: its recipe, and the stage whose model it begins with ("": the recipe's own).
+RUNS = {
+    "sft": ("configs/sft/demo.yaml", ""),
+    "manners": ("configs/sft/demo_manners.yaml", "sft"),
+    "short": ("configs/sft/demo_short.yaml", ""),
+    "reward": ("configs/reward/demo.yaml", "sft"),
+    "ppo": ("configs/ppo/demo.yaml", "manners"),
+    "grpo": ("configs/grpo/demo.yaml", "short"),
+    "dpo": ("configs/dpo/demo.yaml", "sft"),
+}
+STAGES = tuple(RUNS)
+CHAT = tuple(stage for stage in STAGES if stage != "reward")  # stages whose model answers
 HELDOUT = Path("data/demo/heldout.jsonl")
 EASY = ("analogy", "safety")
 WEAK = "analogy"  # the skill that GRPO is to improve
@@ -54,11 +66,13 @@ def load_world() -> Any:
 
 def overrides(stage: str, root: Path, seed: int) -> list[str]:
     """Where a stage of this seed begins and ends."""
-    said = [f"out={root / stage}", f"seed={seed}"]
-    if stage != "sft":
-        said.append(f"init_from={root / 'sft'}")
+    said, before = [f"out={root / stage}", f"seed={seed}"], RUNS[stage][1]
+    if before:
+        said.append(f"init_from={root / before}")
     if stage == "ppo":
-        said += [f"rewards=[{{kind: model, path: {root / 'reward'}}}]", f"critic.init_from={root / 'reward'}"]
+        judge = {"kind": "model", "path": str(root / "reward")}
+        rest = [r.model_dump(mode="json") for r in load_recipe(RUNS[stage][0]).rewards if r.kind != "model"]
+        said += [f"rewards={json.dumps([judge, *rest])}", f"critic.init_from={root / 'reward'}"]
     return said
 
 
@@ -66,7 +80,7 @@ def train(stages: Sequence[str], root: Path, seed: int, more: Sequence[str]) -> 
     """Runs what isn't finished; the exit code of the first that failed, or 0."""
     for stage in stages:
         extra = [text.removeprefix(f"{stage}.") for text in more if text.startswith(f"{stage}.")]
-        argv = ["train", f"configs/{stage}/demo.yaml", *overrides(stage, root, seed), *extra]
+        argv = ["train", RUNS[stage][0], *overrides(stage, root, seed), *extra]
         print(f"\n$ llmkit {' '.join(argv)}", flush=True)
         started, done = time.monotonic(), (root / stage / "DONE").is_file()
         if code := llmkit(argv):
@@ -161,6 +175,8 @@ def figures(root: Path, items: Sequence[dict[str, Any]], easy: Sequence[str]) ->
         told[f"{stage}: exact, easy skills"] = 100 * _mean(by_kind[kind] for kind in easy)
         told[f"{stage}: exact, all"] = 100 * _mean(right)
         told[f"{stage}: oracle's score"] = _mean(oracle[stage])
+        found = [world.quality(i, t)["correct"] for i, t in zip(items, said.texts, strict=True)]
+        told[f"{stage}: right answer in the text"] = 100 * _mean(found)
         told[f"{stage}: tokens of an answer"] = _mean(said.lengths)
     if "dpo" in there:
         wins = [(b > a) + (a == b) / 2 for a, b in zip(oracle["sft"], oracle["dpo"], strict=True)]
@@ -174,16 +190,17 @@ def figures(root: Path, items: Sequence[dict[str, Any]], easy: Sequence[str]) ->
 
 
 def _of_ppo(root: Path, items: Sequence[dict[str, Any]]) -> dict[str, float]:
-    sampled = {stage: answers(root / stage, items, 1.0) for stage in ("sft", "ppo")}
+    before = RUNS["ppo"][1]
+    sampled = {stage: answers(root / stage, items, 1.0) for stage in (before, "ppo")}
     scores = {stage: rewards_of(root, items, said) for stage, said in sampled.items()}
-    gain = (_mean(scores["ppo"]) - _mean(scores["sft"])) / statistics.pstdev(scores["sft"])
+    gain = (_mean(scores["ppo"]) - _mean(scores[before])) / statistics.pstdev(scores[before])
     lengths = {stage: _mean(said.lengths) for stage, said in sampled.items()}
     steps = read_lines(root / "ppo" / "metrics.jsonl")
     explained = [m[EXPLAINED] for m in steps if EXPLAINED in m]
     return {
-        "ppo: reward gained, std of sft's": gain,
-        "ppo: length against sft's, sampled": 100 * (lengths["ppo"] / lengths["sft"] - 1),
-        "ppo: KL from sft, nats an answer": _last(root / "ppo", "valid/kl_sum"),
+        "ppo: reward gained, std of the rewards before": gain,
+        "ppo: length against before, sampled": 100 * (lengths["ppo"] / lengths[before] - 1),
+        "ppo: KL from before, nats an answer": _last(root / "ppo", "valid/kl_sum"),
         "ppo: explained variance, last quarter": _mean(explained[-max(1, len(explained) // 4) :]),
     }
 
@@ -205,20 +222,20 @@ def goals(told: dict[str, float], kl_target: float) -> dict[str, tuple[str, bool
     checks: dict[str, tuple[str, Callable[[float], bool]]] = {
         "sft: exact, easy skills": (">= 80", lambda v: v >= 80),
         "reward: accuracy on held-out pairs": (">= 90", lambda v: v >= 90),
-        "ppo: reward gained, std of sft's": (">= 1", lambda v: v >= 1),
-        "ppo: KL from sft, nats an answer": (f"<= {kl_target:g}", lambda v: v <= kl_target),
-        "ppo: length against sft's, sampled": ("within 20 %", lambda v: abs(v) <= 20),
+        "ppo: reward gained, std of the rewards before": (">= 1", lambda v: v >= 1),
+        "ppo: KL from before, nats an answer": (f"<= {kl_target:g}", lambda v: v <= kl_target),
+        "ppo: length against before, sampled": ("within 20 %", lambda v: abs(v) <= 20),
         "ppo: explained variance, last quarter": ("> 0.3", lambda v: v > 0.3),
         "dpo: preferred to sft, ties half": (">= 65", lambda v: v >= 65),
     }
     met = {name: (words, holds(told[name])) for name, (words, holds) in checks.items() if name in told}
     for stage, name, least, words in (
-        ("ppo", "oracle's score", 0.0, "above sft's"),
-        ("ppo", "exact, all", -1.0, "not below sft's"),
-        ("grpo", f"exact, {WEAK}", 20.0, "sft's + 20"),
+        ("ppo", "oracle's score", 0.0, "above before's"),
+        ("ppo", "right answer in the text", -1.0, "not below"),
+        ("grpo", f"exact, {WEAK}", 20.0, "before's + 20"),
     ):
         if f"{stage}: {name}" in told:
-            gained = told[f"{stage}: {name}"] - told[f"sft: {name}"]
+            gained = told[f"{stage}: {name}"] - told[f"{RUNS[stage][1]}: {name}"]
             met[f"{stage}: {name}"] = (words, gained > least if least == 0 else gained >= least)
     return met
 
@@ -264,8 +281,6 @@ def main() -> int:
         seconds = _kept(root / "seconds.json")
         print(f"seed {seed}: " + ", ".join(f"{stage} {s:.0f} s" for stage, s in seconds.items()))
         print(f"seed {seed}: {sum(seconds.values()):.0f} s in all")
-    from llmkit.stages import load_recipe
-
     target = load_recipe("configs/ppo/demo.yaml", [t[4:] for t in args.overrides if t.startswith("ppo.")]).kl.target
     return 0 if show(seeds, found, target if target is not None else float("inf")) else 1
 

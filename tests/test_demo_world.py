@@ -26,6 +26,7 @@ FILES = (
     "labelled_train",
     "labelled_valid",
     "prompts",
+    "prompts_analogy",
     "analogies",
 )
 
@@ -63,7 +64,7 @@ def training_text(rows) -> str:
     texts += [row[key] for row in rows["preferences"] for key in ("prompt", "chosen", "rejected")]
     texts += [text for row in rows["rankings"] for text in (row["prompt"], *row["responses"])]
     texts += [row["text"] for row in rows["labelled_train"]]
-    texts += [row["prompt"] for row in rows["prompts"]]
+    texts += [row["prompt"] for name in ("prompts", "prompts_analogy") for row in rows[name]]
     return "\n".join(squeezed(t) for t in texts)
 
 
@@ -348,7 +349,7 @@ def test_labels_say_the_manner_and_scores_what_the_oracle_says(rows):
     """Balanced labels that agree with the oracle's judgement of manners; no text on both sides."""
     train, valid = rows["labelled_train"], rows["labelled_valid"]
     assert not {r["text"] for r in train} & {r["text"] for r in valid}
-    for split, n in ((train, 110), (valid, 40)):
+    for split, n in ((train, 75), (valid, 40)):
         assert set(Counter((r["label"], r["lang"]) for r in split).values()) == {n}
         by_label = defaultdict(list)
         for row in split:
@@ -357,3 +358,16 @@ def test_labels_say_the_manner_and_scores_what_the_oracle_says(rows):
             by_label[row["label"]].append(row["score"])
         means = {label: sum(scores) / len(scores) for label, scores in by_label.items()}
         assert means["polite"] > means["plain"] > means["rude"]
+
+
+def test_analogy_prompts_are_all_of_the_train_fold(rows, items):
+    """Each once, none of those that are asked in evaluation, and with the answer it has wherever else it is asked."""
+    asked = [row["prompt"] for row in rows["prompts_analogy"]]
+    assert len(set(asked)) == len(asked) and all(
+        set(r) == {"kind", "lang", "prompt", "answer"} for r in rows["prompts_analogy"]
+    )
+    held_out = {row["prompt"] for name in ("heldout", "choices") for row in rows[name] if "prompt" in row}
+    assert not held_out & set(asked)
+    known = {row["prompt"]: row["answer"] for row in rows["prompts"] if row["kind"] == "analogy"}
+    assert known.keys() <= set(asked)
+    assert all(known.get(row["prompt"], row["answer"]) == row["answer"] for row in rows["prompts_analogy"])
