@@ -411,7 +411,7 @@ class PolicyTask(Task):
                         gap_NT = (answers.sampler_NT - found["ref_NT"]).where(answers.actions_NT, 0.0)
                         metrics[f"{split}/kl_sum"] = (gap_NT.sum() / len(answers)).item()
                 metrics |= {f"{split}/{name}": value for name, value in described(answers).items()}
-            if self.answers is not None:
+            if self.answers is not None and split == "valid":
                 with engine.evaluating() as module:
                     found_answers = self.answers.evaluate(self.actor_of(module), ctx, engine.step)
                 if found_answers is None:
