@@ -231,7 +231,7 @@ def goals(told: dict[str, float], kl_target: float) -> dict[str, tuple[str, bool
     met = {name: (words, holds(told[name])) for name, (words, holds) in checks.items() if name in told}
     for stage, name, least, words in (
         ("ppo", "oracle's score", 0.0, "above before's"),
-        ("ppo", "right answer in the text", -1.0, "not below"),
+        ("ppo", "exact, all", -1.0, "not below before"),
         ("grpo", f"exact, {WEAK}", 20.0, "before's + 20"),
     ):
         if f"{stage}: {name}" in told:
