@@ -174,6 +174,8 @@ class PretrainTask(Task):
             if sums is None:
                 return None
             metrics |= {f"{name}/{key}": value for key, value in self._figures(sums).items()}
+        if not all(map(math.isfinite, metrics.values())):
+            return metrics  # the loop ends the run: a model like this writes nothing either
         texts = self._samples(engine, ctx) if split == "valid" and ctx.ranks.is_main else []
         if ctx.all_should_stop():
             return None  # the samples may be cut short; an evaluation counts, and is written, as a whole or not at all

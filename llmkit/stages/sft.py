@@ -184,6 +184,8 @@ class SftTask(Task):
             metrics |= {f"{name}/{key}": value for key, value in _figures(sums).items()}
         if split != "valid":
             return metrics
+        if not all(map(math.isfinite, metrics.values())):
+            return metrics  # the loop ends the run: a model like this answers nothing either
         if self.answers is not None:
             with engine.evaluating() as module:
                 assert isinstance(module, GPT)

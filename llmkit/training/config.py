@@ -29,7 +29,7 @@ class OptimConfig(Config):
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
     """muon: Muon on the hidden matrices, AdamW on embeddings, head, norms and biases."""
-    lr: float = Field(1e-3, ge=0, le=1e3)
+    lr: float = Field(1e-3, ge=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""

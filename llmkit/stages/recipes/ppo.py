@@ -18,7 +18,7 @@ class CriticConfig(Config):
     """Its first weights: a reward model, whose head is then set to zero, or a language model. Default: the policy's."""
     keep_head: bool = False
     """Keeps a reward model's head instead of starting at zero."""
-    lr: float | None = Field(None, ge=0, le=1e3)
+    lr: float | None = Field(None, ge=0)
     """Its peak learning rate. Default: five times the policy's."""
     clip: float | None = Field(1.0, gt=0)
     """Largest L2 norm of its gradient, apart from the policy's; null: none."""
