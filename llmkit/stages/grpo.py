@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +67,6 @@ class GRPOTask(PolicyTask):
     """What the loop asks of GRPO and its family."""
 
     recipe: GRPORecipe
-    stage: ClassVar[str] = "grpo"
 
     def __init__(self, recipe: GRPORecipe):
         super().__init__(recipe)

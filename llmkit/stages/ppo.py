@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +35,6 @@ class PPOTask(PolicyTask):
     """What the loop asks of PPO."""
 
     recipe: PPORecipe
-    stage: ClassVar[str] = "ppo"
 
     def __init__(self, recipe: PPORecipe):
         super().__init__(recipe)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,6 @@ class PolicyTask(Task):
     needs_reference: bool
     needs_old: bool
     """Whether the log-probabilities of the policy that sampled must be known apart from those in the update."""
-    stage: ClassVar[str]
 
     def __init__(self, recipe: PolicyRecipe):
         self.recipe = recipe

@@ -147,6 +147,7 @@ def test_sampler_and_trainer_agree(toy: Callable[..., Path], tmp_path: Path, tem
     records = log_of(tmp_path / "run")
     gaps = [r["train/rollout/sampler_gap_max"] for r in records if "train/rollout/sampler_gap_max" in r]
     assert len(gaps) == 2 and max(gaps) <= 1e-5
+    assert all(r["train/ratio_deviation"] <= 1e-5 for r in records if "train/rollout/reward" in r)
     first = [r["train/ratio"] for r in records if "train/rollout/reward" in r]
     assert first == pytest.approx([1.0, 1.0], abs=1e-6)
     assert records[1]["train/rollout/kl_sum"] == pytest.approx(0.0, abs=1e-5)  # KL(pi, pi)
