@@ -17,7 +17,7 @@ PACKAGE = Path(llmkit.__file__).parent
 # long as no cycle arises, its own.
 FLOORS: list[tuple[str, ...]] = [
     ("config", "*.config", "stages.recipes"),
-    ("storage", "sandbox"),
+    ("storage", "sandbox", "products"),
     ("tokenizer",),
     ("training.dist",),
     ("training.log",),

@@ -41,6 +41,8 @@ class SharedRows:
     """int64: which sequence of the batch each is of ..."""
     offset_N: Tensor
     """... and the how-many-th of it."""
+    ends_B: Tensor
+    """int64: where in the rows, end to end, each sequence's last token is."""
     longest: int
     """Most answer tokens of a sequence."""
 
@@ -81,6 +83,7 @@ def share_prompts(
     positions = np.zeros((n_rows, width), np.int64)
     groups = np.full((n_rows, width), -1, np.int32)
     answers = np.zeros((n_rows, width), np.int32)
+    ends: list[int] = []
     sources: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     for g, (first, size) in enumerate(zip(firsts.tolist(), group_sizes, strict=True)):
         row, at = starts[g]
@@ -95,6 +98,7 @@ def share_prompts(
             ids[row, at:end], answers[row, at:end] = answer, k + 1
             positions[row, at:end] = np.arange(n_prompt, n_prompt + len(answer))
             sources.append(np.array([last, *range(row * width + at, row * width + end - 1)][: len(answer)], np.int64))
+            ends.append(row * width + end - 1 if len(answer) else last)
             at = end
     counts = np.array([len(s) for s in sources[1:]], np.int64)
     labels = [np.empty(0, np.int64), *(t[n:] for t, n in zip(texts, prompt_lengths, strict=True))]
@@ -108,6 +112,7 @@ def share_prompts(
         labels_N=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
         sequence_N=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
         offset_N=torch.from_numpy(offsets),
+        ends_B=torch.tensor(ends, dtype=torch.int64),
         longest=int(counts.max(initial=1)),
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from llmkit.data.shared import SharedRows
 from llmkit.inference.batch import evaluating
 from llmkit.inference.embed import BATCH_TOKENS, batches_of
 from llmkit.model.heads import SequenceClassifier
@@ -73,6 +74,15 @@ def score_tokens(
             if on_batch is not None:
                 on_batch(len(batch))
     return found
+
+
+def shared_scores(model: SequenceClassifier, shared: SharedRows) -> Tensor:
+    """A causal model's scores [B, C] of sequences in rows that hold each prompt once, in their order.
+
+    As with `inference.logprobs.shared_logprobs`, a model with a sliding window can't be asked so.
+    """
+    hidden_RTD = model.model(shared.ids_RT, shared.positions_RT, shared.mask(), False, None)
+    return model.score(hidden_RTD.flatten(0, 1)[shared.ends_B])
 
 
 def _kind(model: SequenceClassifier) -> tuple[torch.dtype, int]:

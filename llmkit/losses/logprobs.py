@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.losses.base import IGNORE
+from llmkit.products import add_weight_gradient, linear, matmul, zeros_for_gradient
 
 _KEPT = 2**25  # elements of [N, V] that may stay in memory until the backward pass; beyond, they are made again
 _CHUNK = 2**21  # elements of [C, V] at once, where they are not kept
@@ -24,7 +24,7 @@ def _wide(t: Tensor) -> torch.dtype:
 
 def _distribution(hidden_CD: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
     """log softmax(hidden @ weight.T / temperature), in fp32 or better from the logits on: what the sampler computes."""
-    logits_CV = F.linear(hidden_CD, weight_VD).to(_wide(hidden_CD))
+    logits_CV = linear(hidden_CD, weight_VD).to(_wide(hidden_CD))
     if temperature != 1.0:
         logits_CV /= temperature
     return torch.log_softmax(logits_CV, -1)
@@ -38,17 +38,17 @@ class _HeadGradient:
         self.of_hidden_ND = torch.empty_like(hidden_ND) if needs[0] else None
         # fp32, since it is a sum over chunks: in bf16 each addition would lose the small terms. Rows beyond the
         # tokenizer's vocabulary keep their zeros.
-        self.whole_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD)) if needs[1] else None
+        self.whole_VD = zeros_for_gradient(weight_VD, _wide(weight_VD)) if needs[1] else None
         self.of_weight_VD = None if self.whole_VD is None else self.whole_VD[:vocab]
 
     def add(self, rows: slice, grad_CV: Tensor) -> None:
         grad_CV = grad_CV.to(self.hidden_ND.dtype)
         if self.of_hidden_ND is not None:
-            torch.mm(grad_CV, self.weight_VD, out=self.of_hidden_ND[rows])
+            self.of_hidden_ND[rows] = matmul(grad_CV, self.weight_VD)
         if self.of_weight_VD is None:  # the head is frozen
             return
         if self.of_weight_VD.dtype == grad_CV.dtype:
-            self.of_weight_VD.addmm_(grad_CV.t(), self.hidden_ND[rows])
+            add_weight_gradient(self.of_weight_VD, grad_CV, self.hidden_ND[rows])
             return
         # A block of rows at a time: the product in half precision then stays in the cache until it is added.
         for first in range(0, len(self.of_weight_VD), _ROWS):

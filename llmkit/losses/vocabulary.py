@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.losses.base import IGNORE, LossSum
+from llmkit.products import add_weight_gradient, linear, matmul, zeros_for_gradient
 
 _ROWS = 4096  # of the output embedding whose gradient is made at once
 
@@ -38,10 +39,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = (train and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         # fp32, since it is a sum over chunks: in bf16 each addition would lose the small terms.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        grad_weight_VD = zeros_for_gradient(weight_VD, wide) if needs_weight else None
         for start in range(0, len(labels_N), chunk):
             h_CD, y_C1 = hidden_ND[start : start + chunk], labels_N[start : start + chunk, None]
-            logits_CV = F.linear(h_CD, weight_VD).to(wide)
+            logits_CV = linear(h_CD, weight_VD).to(wide)
             label_logit_C1 = logits_CV.gather(1, y_C1)
             if count_right:
                 right += (logits_CV.argmax(-1, keepdim=True) == y_C1).sum()
@@ -60,11 +61,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logp_CV
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if grad_hidden_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + chunk])
+                grad_hidden_ND[start : start + chunk] = matmul(grad_CV, weight_VD)
             if grad_weight_VD is None:  # the head is frozen
                 continue
             if grad_weight_VD.dtype == grad_CV.dtype:
-                grad_weight_VD.addmm_(grad_CV.t(), h_CD)
+                add_weight_gradient(grad_weight_VD, grad_CV, h_CD)
             else:
                 # A block of rows at a time: the product in half precision then stays in the cache until it is added.
                 for rows in range(0, len(grad_weight_VD), _ROWS):

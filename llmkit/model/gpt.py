@@ -20,6 +20,7 @@ from llmkit.config import UserError
 from llmkit.model.config import GPTConfig, LinearScaling, Llama3Scaling, YarnScaling
 from llmkit.model.layouts import config_of, use_layout
 from llmkit.model.moe import LayerRouting, MoE, Routing, gather_routing, set_load
+from llmkit.products import Linear, linear
 
 
 def window_of(config: GPTConfig, layer: int) -> int | None:
@@ -181,10 +182,10 @@ class Attention(nn.Module):
         D, E = config.d_model, config.width_of_head
         self.layer, self.head_dim = layer, E
         self.groups = config.n_heads // config.kv_heads
-        self.q_proj = nn.Linear(D, config.n_heads * E, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, config.kv_heads * E, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, config.kv_heads * E, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.n_heads * E, D, bias=config.o_bias)
+        self.q_proj = Linear(D, config.n_heads * E, bias=config.qkv_bias)
+        self.k_proj = Linear(D, config.kv_heads * E, bias=config.qkv_bias)
+        self.v_proj = Linear(D, config.kv_heads * E, bias=config.qkv_bias)
+        self.o_proj = Linear(config.n_heads * E, D, bias=config.o_bias)
         self.q_norm = RMSNorm(E, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(E, config.norm_eps) if config.qk_norm else nn.Identity()
         self.dropout = config.dropout
@@ -215,9 +216,9 @@ class MLP(nn.Module):
         D, bias = config.d_model, config.mlp_bias
         self.gated = config.mlp == "swiglu"
         if self.gated:
-            self.gate_proj = nn.Linear(D, width, bias=bias)
-        self.up_proj = nn.Linear(D, width, bias=bias)
-        self.down_proj = nn.Linear(width, D, bias=bias)
+            self.gate_proj = Linear(D, width, bias=bias)
+        self.up_proj = Linear(D, width, bias=bias)
+        self.down_proj = Linear(width, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if not self.gated:
@@ -319,7 +320,7 @@ class GPT(nn.Module):
         self.config = config
         self.model = Decoder(config, activation_checkpointing)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, self.model.embed_tokens.num_embeddings, bias=False)
+            self.lm_head = Linear(config.d_model, self.model.embed_tokens.num_embeddings, bias=False)
         use_layout(self, config)
 
     @property
@@ -338,7 +339,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token [..., V] in fp32 or better."""
-        scores = F.linear(hidden, self.head_weight)
+        scores = linear(hidden, self.head_weight)
         return scores if scores.dtype == torch.float64 else scores.float()
 
     def forward(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llmkit.config import UserError
 from llmkit.model.config import LoraConfig
 from llmkit.model.quantized import Nf4
+from llmkit.products import Linear, linear
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 # Not matrices of their own in transformers, so that PEFT can't adapt them one by one.
@@ -115,7 +116,7 @@ class LoraLinear(nn.Linear):
         return None if self.lora_magnitude_vector is None else self.lora_magnitude_vector.weight
 
     def _own(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.weight, bias) if self.packed is None else self.packed(x, bias)
+        return linear(x, self.weight, bias) if self.packed is None else self.packed(x, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
@@ -298,7 +299,7 @@ def merge_into_base(model: nn.Module) -> None:
     _check_dense(layers.values())
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
-        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         plain.weight = nn.Parameter(layer.merged(), requires_grad=False)
         plain.bias = layer.bias
         setattr(model.get_submodule(parent), leaf, plain.train(layer.training))

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from llmkit.data.shared import SharedRows
 from llmkit.losses import IGNORE
+from llmkit.model.gpt import GPT
 
 _PART = "part."
 
@@ -108,11 +110,29 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
-class PolicyBatch:
-    """Micro-batch of B answers; fields as in `Rollouts`. weights_BT are those of the aggregation (`token_weights`)."""
+class AnswerBatch:
+    """B answers that go through a network together; fields as in `Rollouts`."""
 
     ids_BT: Tensor
     labels_BT: Tensor
+    prompt_lengths_B: Tensor
+    shared: SharedRows | None
+    """The same answers in rows that hold each prompt once. None: they go through the network as they stand."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch on a device."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor | SharedRows)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class PolicyBatch(AnswerBatch):
+    """Micro-batch of an update. weights_BT are those of the aggregation (`token_weights`)."""
+
     actions_BT: Tensor
     weights_BT: Tensor
     lengths_B: Tensor
@@ -126,15 +146,6 @@ class PolicyBatch:
     denominator: float
     n_tokens: float
 
-    def to(self, device: torch.device | str) -> PolicyBatch:
-        """The batch on a device."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
-
 
 def by_length(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Cuts texts into batches of at most so many tokens, padding included, the longest first; a text alone may be longer."""
@@ -145,3 +156,17 @@ def by_length(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def hidden_states(model: GPT, batch: AnswerBatch) -> Tensor:
+    """A model's states after its final norm at every position of some answers, [B, T, D].
+
+    Where prompts are shared they are 0 at positions that no token of an answer follows.
+    """
+    shared = batch.shared
+    if shared is None:
+        return model(batch.ids_BT)
+    hidden_RTD = model(shared.ids_RT, shared.positions_RT, shared.mask())
+    column_N = batch.prompt_lengths_B[shared.sequence_N] - 1 + shared.offset_N
+    hidden_BTD = hidden_RTD.new_zeros(*batch.ids_BT.shape, hidden_RTD.shape[-1])
+    return hidden_BTD.index_put((shared.sequence_N, column_N), hidden_RTD.flatten(0, 1)[shared.from_N])

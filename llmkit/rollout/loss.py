@@ -14,7 +14,7 @@ from llmkit.losses import LossSum
 from llmkit.losses.logprobs import full_kl, token_logprobs
 from llmkit.losses.policy import Stats, importance_weight, kl_loss, kl_stats, log_ratio, ratio_deviation
 from llmkit.model.gpt import GPT
-from llmkit.rollout.batch import PolicyBatch
+from llmkit.rollout.batch import PolicyBatch, hidden_states
 from llmkit.rollout.config import KLConfig, RolloutConfig
 from llmkit.training.setup import Reference
 
@@ -52,7 +52,7 @@ def policy_loss(
         action is from 1 at most.
     """
     actions_BT, weights_BT = batch.actions_BT, batch.weights_BT
-    hidden_BTD = actor(batch.ids_BT)
+    hidden_BTD = hidden_states(actor, batch)
     logprobs_BT, entropy_BT = token_logprobs(
         hidden_BTD,
         actor.head_weight,
@@ -97,7 +97,8 @@ def _exact_kl(
 ) -> Tensor:
     """KL(policy || reference) over the whole vocabulary at every action [B, T]."""
     with torch.no_grad(), reference() as model:
-        ref_hidden_BTD, ref_weight_VD = model.forward(batch.ids_BT), model.head_weight
+        ref_hidden_BTD = hidden_states(model, batch)
+        ref_weight_VD = model.head_weight
     return full_kl(
         hidden_BTD,
         actor.head_weight,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmkit.config import UserError
 from llmkit.data.order import Permutation, epoch_key
+from llmkit.data.shared import SharedRows, cut_by_sum, share_prompts as layout_of
 from llmkit.losses.policy import Aggregation, token_weights
 from llmkit.rollout.batch import PolicyBatch, Rollouts, by_length
 from llmkit.training.engine import seed_of
@@ -22,33 +25,86 @@ def minibatch(n: int, n_parts: int, cursor: int, rollout: int, seed: int) -> Ten
 
 
 def micro_batches(
-    answers: Rollouts, aggregation: Aggregation, max_new_tokens: int, most_tokens: int, rank: int, world: int
+    answers: Rollouts,
+    aggregation: Aggregation,
+    max_new_tokens: int,
+    most_tokens: int,
+    rank: int,
+    world: int,
+    share_prompts: bool = False,
 ) -> list[PolicyBatch]:
-    """This rank's share of an update's answers: those of about one length side by side, so that little is padding.
+    """This rank's share of an update's answers.
 
     Args:
         answers: with advantages; all of the update's.
         aggregation: weighs tokens; its denominators add up over micro-batches and ranks.
         max_new_tokens: of an answer.
         most_tokens: of a micro-batch, padding included.
+        share_prompts: see `passes`.
 
     Raises:
         UserError: there are fewer answers than ranks.
     """
+    if world > len(answers):
+        raise UserError(f"{len(answers)} answers of a minibatch for {world} ranks: raise rollout.prompts_per_step")
+    return [
+        _batch(answers.rows(rows), shared, aggregation, max_new_tokens)
+        for rows, shared in passes(answers, most_tokens, rank, world, share_prompts)
+    ]
+
+
+def passes(
+    answers: Rollouts, most_tokens: int, rank: int, world: int, share_prompts: bool
+) -> list[tuple[Tensor, SharedRows | None]]:
+    """The forward passes in which this rank computes its share of some answers: which answers, and their layout.
+
+    Answers of about one length stand side by side, so that little is padding.
+
+    Args:
+        answers: all ranks'.
+        most_tokens: of a pass, padding included.
+        share_prompts: the answers to a prompt stay together, and go through the network behind one copy of it: the
+            layout is then that of `Rollouts.rows` of the answers.
+    """
     lengths = answers.lengths_N.tolist()
-    if world > len(lengths):
-        raise UserError(f"{len(lengths)} answers of a minibatch for {world} ranks: raise rollout.prompts_per_step")
-    mine = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))[rank::world]
-    parts = by_length([lengths[i] for i in mine], most_tokens)
-    return [_batch(answers.rows(torch.tensor([mine[i] for i in p])), aggregation, max_new_tokens) for p in parts]
+    order = sorted(range(len(answers)), key=lambda i: (-lengths[i], i))
+    groups = _groups(answers, order) if share_prompts else []
+    if len(groups) == len(answers):  # one answer to each prompt: there is nothing to share
+        groups = []
+    if not groups:
+        mine = order[rank::world]
+        cut = by_length([lengths[i] for i in mine], most_tokens)
+        return [(torch.tensor([mine[i] for i in part]), None) for part in cut]
+    own = groups[rank::world] if len(groups) >= world else _groups(answers, order[rank::world])
+    prompts = answers.prompt_lengths_N.tolist()
+    sizes = np.array([sum(lengths[i] - prompts[i] for i in group) + prompts[group[0]] for group in own], np.int64)
+    found: list[tuple[Tensor, SharedRows | None]] = []
+    for part in cut_by_sum(sizes, most_tokens):
+        chosen = [own[i] for i in part.tolist()]
+        rows = [i for group in chosen for i in group]
+        texts = [answers.ids_NT[i, : lengths[i]].numpy() for i in rows]
+        layout = layout_of(texts, [prompts[i] for i in rows], [len(group) for group in chosen], pad_id=0)
+        found.append((torch.tensor(rows), layout))
+    return found
 
 
-def _batch(answers: Rollouts, aggregation: Aggregation, max_new_tokens: int) -> PolicyBatch:
+def _groups(answers: Rollouts, order: Sequence[int]) -> list[list[int]]:
+    """Answers by their prompts, in the order in which these are first met."""
+    found: dict[int, list[int]] = {}
+    numbers = answers.group_N.tolist()
+    for i in order:
+        found.setdefault(numbers[i], []).append(i)
+    return list(found.values())
+
+
+def _batch(answers: Rollouts, shared: SharedRows | None, aggregation: Aggregation, max_new_tokens: int) -> PolicyBatch:
     assert answers.advantages_NT is not None
     weights_BT, denominator = token_weights(answers.actions_NT, aggregation, max_new_tokens)
     return PolicyBatch(
         ids_BT=answers.ids_NT,
         labels_BT=answers.labels_NT,
+        prompt_lengths_B=answers.prompt_lengths_N,
+        shared=shared,
         actions_BT=answers.actions_NT,
         weights_BT=weights_BT.to(answers.advantages_NT.dtype),
         lengths_B=answers.lengths_N,

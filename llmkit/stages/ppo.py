@@ -98,7 +98,9 @@ class PPOTask(PolicyTask):
         recipe = self.recipe
         critic = engine.module.critic
         assert isinstance(critic, SequenceClassifier)
-        values = self.over_answers(rollouts, {"values_NT": lambda ids, _: critic.at_tokens(ids)[..., 0]}, engine, ctx)
+        values = self.over_answers(
+            rollouts, {"values_NT": lambda batch: critic.at_tokens(batch.ids_BT)[..., 0]}, engine, ctx
+        )
         rollouts = rollouts.knowing(values)
         values_NT, actions_NT = values["values_NT"], rollouts.actions_NT
         graded_N = actions_NT.any(1)

@@ -72,7 +72,7 @@ class RewardTask(Task):
         words = 6 * (self.model_config.vocab_size or 0) * self.model_config.d_model  # a head that is not there
         self.flops_per_token = flops_per_token(self.model_config, self.row_len) - words
         say = ctx.log.say if ctx.ranks.is_main else _quiet
-        self.judging = judging_of(recipe, self.tokenizer, self.row_len, ctx.should_stop, say)
+        self.judging = judging_of(recipe, self.tokenizer, self.model_config, self.row_len, ctx.should_stop, say)
 
     def build(self, ctx: Context) -> nn.Module:
         recipe, config = self.recipe, self.model_config
@@ -285,8 +285,9 @@ def prepare(recipe: RewardRecipe) -> bool | None:
     with stop.listening():
         try:
             tokenizer = tokenizer_of(recipe, lambda: bool(stop))
-            length = row_len(recipe, _shape(recipe, tokenizer.vocab_size))
-            judging = judging_of(recipe, tokenizer, length, lambda: bool(stop), print)
+            config = _shape(recipe, tokenizer.vocab_size)
+            length = row_len(recipe, config)
+            judging = judging_of(recipe, tokenizer, config, length, lambda: bool(stop), print)
         except Interrupted:
             return None
     for split in ("train", "valid", "test"):

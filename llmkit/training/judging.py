@@ -23,7 +23,9 @@ from llmkit.data.preferences import PreferenceBatch, PreferenceData, PreferenceR
 from llmkit.data.steps import JudgedSteps, StepBatch, StepData, StepRows, prepare_steps
 from llmkit.data.turns import encode_turn
 from llmkit.evaluation.reward_card import Judged
+from llmkit.inference.scoring import shared_scores
 from llmkit.losses import LossSum, classification, ranking, regression, step_correctness
+from llmkit.model.config import GPTConfig
 from llmkit.model.heads import SequenceClassifier
 from llmkit.stages.recipes import RewardRecipe
 from llmkit.tokenizer import Tokenizer
@@ -61,11 +63,16 @@ class Judging(Protocol):
 
 
 def judging_of(
-    recipe: RewardRecipe, tokenizer: Tokenizer, row_len: int, should_stop: Callable[[], bool], say: Say
+    recipe: RewardRecipe,
+    tokenizer: Tokenizer,
+    config: GPTConfig,
+    row_len: int,
+    should_stop: Callable[[], bool],
+    say: Say,
 ) -> Judging:
-    """The recipe's objective, with its data read and encoded, or found in the cache."""
+    """The recipe's objective for a network of this shape, with its data read and encoded, or found in the cache."""
     if recipe.objective == "rank":
-        return Ranking(recipe, tokenizer, row_len, should_stop, say)
+        return Ranking(recipe, tokenizer, config, row_len, should_stop, say)
     if recipe.objective == "process":
         return Process(recipe, tokenizer, row_len, should_stop, say)
     return Labelling(recipe, tokenizer, row_len, should_stop)
@@ -80,9 +87,17 @@ class Ranking(Judging):
     n_scores = 1
 
     def __init__(
-        self, recipe: RewardRecipe, tokenizer: Tokenizer, row_len: int, should_stop: Callable[[], bool], say: Say
+        self,
+        recipe: RewardRecipe,
+        tokenizer: Tokenizer,
+        config: GPTConfig,
+        row_len: int,
+        should_stop: Callable[[], bool],
+        say: Say,
     ):
         self.recipe = recipe
+        self.shares_prompts = config.causal and config.sliding_window is None
+        """Whether the answers to a prompt go through the network behind one copy of it."""
         self.data: PreferenceData = prepare_preferences(
             recipe.data,
             tokenizer,
@@ -104,14 +119,22 @@ class Ranking(Judging):
 
     def rows(self, sources: Sources, row_len: int, pad_id: int) -> RowMaker:
         return PreferenceRows(
-            sources, row_len=row_len, pad_id=pad_id, micro_tokens=self.recipe.batch.micro_tokens or 8192
+            sources,
+            row_len=row_len,
+            pad_id=pad_id,
+            micro_tokens=self.recipe.batch.micro_tokens or 8192,
+            share_prompts=self.shares_prompts,
         )
 
     def loss(self, module: nn.Module, batch: PreferenceBatch) -> LossSum:
         """Every answer is run once, in however many pairs it is."""
+        assert isinstance(module, SequenceClassifier)
+        scores_BC = (
+            module(batch.ids_BT, batch.lengths_B) if batch.shared is None else shared_scores(module, batch.shared)
+        )
         margin = self.recipe.margin
         return ranking(
-            module(batch.ids_BT, batch.lengths_B)[:, 0],
+            scores_BC[:, 0],
             batch.better_P,
             batch.worse_P,
             batch.weights_P,

@@ -21,11 +21,11 @@ from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT
 from llmkit.plan import flops_per_token
 from llmkit.rollout.answers import AnswerEval
-from llmkit.rollout.batch import PolicyBatch, Rollouts, by_length
+from llmkit.rollout.batch import AnswerBatch, PolicyBatch, Rollouts, hidden_states
 from llmkit.rollout.collector import Collector, described
 from llmkit.rollout.environment import Environment, environment_of
 from llmkit.rollout.loss import Surrogate, policy_loss
-from llmkit.rollout.minibatch import micro_batches, minibatch, tokens_hash
+from llmkit.rollout.minibatch import micro_batches, minibatch, passes, tokens_hash
 from llmkit.rollout.prompts import PromptData, PromptOrder, read_prompts
 from llmkit.rollout.record import record
 from llmkit.rollout.rewards.base import Rewards
@@ -44,7 +44,7 @@ from llmkit.training.setup import (
 
 # How far the first ratios of a rollout may be from 1: rounding alone makes them differ (B72).
 _RATIO_LIMITS = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.1, "fp16": 0.1}
-Ask = Callable[[Tensor, Tensor], Tensor]  # (ids, labels) [B, T] -> a number for each position [B, T]
+Ask = Callable[[AnswerBatch], Tensor]  # a number for each position [B, T]
 
 
 class PolicyTask(Task):
@@ -169,6 +169,12 @@ class PolicyTask(Task):
         """Of a forward pass, padding included."""
         return self.recipe.batch.micro_tokens or 8192
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the answers to a prompt go through the policy behind one copy of it: not where a layer looks back over
+        a window of columns, since the prompt may be out of its sight."""
+        return self.model_config.sliding_window is None
+
     def close(self) -> None:
         """Ends the processes of graders and tools."""
         for held in (self.rewards, self.answers, self.environment):
@@ -202,7 +208,13 @@ class PolicyTask(Task):
             answers = self._next_answers()
         ranks = ctx.ranks
         batches = micro_batches(
-            answers, self.aggregation, self.recipe.rollout.max_new_tokens, self.most_tokens, ranks.rank, ranks.world
+            answers,
+            self.aggregation,
+            self.recipe.rollout.max_new_tokens,
+            self.most_tokens,
+            ranks.rank,
+            ranks.world,
+            self.shares_prompts,
         )
         self._deviation = 0.0
         metrics = engine.update(batches, self.loss, self._accept(engine, ctx), self.resting(engine))
@@ -287,7 +299,7 @@ class PolicyTask(Task):
             raise UserError("rewards: no answer of a rollout could be graded: see the graders' errors")
         asked: dict[str, Ask] = {}
         if self.needs_old:
-            asked["old_NT"] = lambda ids, labels: self.logprobs(self.actor_of(engine.module), ids, labels)
+            asked["old_NT"] = lambda batch: self.logprobs(self.actor_of(engine.module), batch)
         if self.reference is not None:
             asked["ref_NT"] = self._ask_reference
         with engine.evaluating():
@@ -336,36 +348,37 @@ class PolicyTask(Task):
         told = {"prompts_tried": float(n_tried)}
         return kept.rows(torch.arange(n_answers)), drawn, told
 
-    def logprobs(self, model: GPT, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def logprobs(self, model: GPT, batch: AnswerBatch) -> Tensor:
         """Log-probabilities [B, T] of the labels under a model at the rollout's temperature; 0 where there is none."""
-        hidden_BTD = model.forward(ids_BT)
         return token_logprobs(
-            hidden_BTD,
+            hidden_states(model, batch),
             model.head_weight,
-            labels_BT,
+            batch.labels_BT,
             temperature=self.recipe.rollout.temperature,
             vocab_size=self.tokenizer.vocab_size,
         )[0]
 
-    def _ask_reference(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def _ask_reference(self, batch: AnswerBatch) -> Tensor:
         assert self.reference is not None
         with self.reference() as model:
-            return self.logprobs(model, ids_BT, labels_BT)
+            return self.logprobs(model, batch)
 
     def over_answers(
         self, rollouts: Rollouts, asked: dict[str, Ask], engine: Engine, ctx: Context
     ) -> dict[str, Tensor]:
-        """Functions of (ids, labels) [B, T] over all answers, in the forward passes' sizes of an update; each rank
-        computes a share, all get the whole [N, T]."""
+        """Functions of answers over all of them, in the forward passes' sizes of an update; each rank computes a
+        share, all get the whole [N, T]."""
         labels_NT, ranks = rollouts.labels_NT, ctx.ranks
         found = {name: torch.zeros(rollouts.ids_NT.shape, dtype=engine.flat_grad.dtype) for name in asked}
-        batches = by_length(rollouts.lengths_N.tolist(), self.most_tokens)
-        for rows in batches[ranks.rank :: ranks.world]:
-            width = int(rollouts.lengths_N[rows[0]])
-            ids_BT, labels_BT = (t[rows][:, :width].to(ranks.device) for t in (rollouts.ids_NT, labels_NT))
+        for rows, shared in passes(rollouts, self.most_tokens, ranks.rank, ranks.world, self.shares_prompts):
+            width = int(rollouts.lengths_N[rows].max())
+            ids_BT, labels_BT = (t[rows][:, :width] for t in (rollouts.ids_NT, labels_NT))
+            batch = AnswerBatch(ids_BT, labels_BT, rollouts.prompt_lengths_N[rows], shared).to(ranks.device)
+            padding_BT = torch.arange(width) >= rollouts.lengths_N[rows, None]
             with torch.no_grad():
                 for name, ask in asked.items():
-                    found[name][rows, :width] = ask(ids_BT, labels_BT).to("cpu", found[name].dtype)
+                    told_BT = ask(batch).to("cpu", found[name].dtype)
+                    found[name][rows, :width] = told_BT.masked_fill(padding_BT, 0.0)
         return {name: ranks.sum_(t.to(ranks.device)).cpu() for name, t in found.items()}
 
     def _kl(self, rollouts: Rollouts) -> Metrics:

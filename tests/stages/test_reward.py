@@ -23,6 +23,7 @@ from llmkit.cli import main
 from llmkit.data.preferences import PreferenceRows, prepare_preferences
 from llmkit.data.turns import encode_turn
 from llmkit.inference.scoring import score_sequences
+from llmkit.model.config import GPTConfig
 from llmkit.model.reward_facts import read_reward_facts
 from llmkit.model.weights import load_classifier
 from llmkit.stages import load_recipe
@@ -306,7 +307,9 @@ def test_all_pairs_of_a_prompt_are_in_one_step_and_weigh_one(world: Path, tmp_pa
     out = tmp_path / "run"
     cfg = load_recipe(recipe(world, out))
     tokenizer = Tokenizer.from_config(cfg.text_tokenizer)
-    judging = Ranking(cfg, tokenizer, 96, lambda: False, lambda line: None)
+    judging = Ranking(
+        cfg, tokenizer, GPTConfig(**MODEL, vocab_size=tokenizer.vocab_size), 96, lambda: False, lambda line: None
+    )
     rows = judging.rows(judging.split("train"), 96, tokenizer.pad_id)
     assert isinstance(rows, PreferenceRows)
     batch, _ = rows.batch(np.arange(2), np.array([0, 1]), np.array([0, 0]))
