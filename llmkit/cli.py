@@ -39,7 +39,7 @@ def _prepare(args: argparse.Namespace) -> int:
     module = stage_module(recipe)
     if part is None:
         return PREEMPTED if module.prepare(recipe) is None else 0
-    if recipe.stage != "pretrain":
+    if recipe.stage not in ("pretrain", "distill"):
         raise UserError(f"part: of stage {recipe.stage} there is nothing to prepare in parts: leave it out")
     return PREEMPTED if module.prepare(recipe, part) is None else 0
 
@@ -111,6 +111,12 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     from llmkit.tools.score import run
+
+    return run(args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from llmkit.tools.compare import run
 
     return run(args)
 
@@ -247,6 +253,37 @@ def _score_command(commands: Any) -> None:
     score.set_defaults(run=_score)
 
 
+def _compare_command(commands: Any) -> None:
+    compare = commands.add_parser("compare", help="models side by side: size, held-out loss, graded answers, speed")
+    compare.add_argument("models", nargs="+", metavar="model", help="runs, checkpoints or Hugging Face folders")
+    compare.add_argument("--out", required=True, help="the folder for compare.md, compare.json, compare.png, answers")
+    compare.add_argument("--names", metavar="A,B", help="what the models are called; default: by their folders")
+    compare.add_argument(
+        "--questions", metavar="FILE", help="prompts with right answers, in the layouts of eval.answers"
+    )
+    compare.add_argument(
+        "--reward", action="append", default=[], help="what answers are graded by; default: exact; see sample"
+    )
+    compare.add_argument(
+        "--by", metavar="COLUMN", help="also tells each of its values; default: kind, where rows have it"
+    )
+    compare.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as prompt=question")
+    compare.add_argument("--max-new-tokens", type=int, help="of an answer; default: 128")
+    compare.add_argument("--text", metavar="FILE", help="held-out documents: loss, perplexity and bits per byte")
+    compare.add_argument("--field", help="where a document stands in its row; default: text")
+    compare.add_argument("--chats", metavar="FILE", help="held-out conversations: the same of the assistant's turns")
+    compare.add_argument("--context", type=int, help="tokens of a held-out row; default: the smallest context, or 2048")
+    compare.add_argument("--limit", type=int, help="only the first so many rows of each file")
+    compare.add_argument("--raw", action="store_true", help="no chat template: questions and answers are plain text")
+    compare.add_argument("--system", help="the system message, for chat models")
+    compare.add_argument("--prompt-tokens", type=int, help="speed: of the prompt; default: 128")
+    compare.add_argument("--new-tokens", type=int, help="speed: that are written; default: 64")
+    compare.add_argument("--repeats", type=int, default=3, help="speed: runs of each model; default: 3; 0: none")
+    compare.add_argument("--precision", choices=("fp32", "bf16"), help="default: as saved")
+    compare.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    compare.set_defaults(run=_compare)
+
+
 def _drawing_options(parser: Any) -> None:
     """What `rank` and `sample` are told of the prompts and of how they are answered."""
     parser.add_argument("--prompts", help="a file, a folder, a glob or a hub data set")
@@ -305,6 +342,7 @@ def build_parser() -> argparse.ArgumentParser:
     _embed_command(commands)
     _answer_commands(commands)
     _score_command(commands)
+    _compare_command(commands)
     _folder_commands(commands)
     schema = commands.add_parser("schema", help="JSON schema of all recipes, for completion in editors")
     schema.set_defaults(run=_schema)

@@ -17,7 +17,7 @@ from llmkit.model.gpt import GPT, init_weights
 from llmkit.storage import sha256_of
 from llmkit.tokenizer import Tokenizer, TokenizerConfig
 
-STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "distill")
 ONLINE = ("ppo", "grpo")
 STEPS = 16
 UPDATES = 4  # of a rollout: 2 minibatches, 2 epochs
@@ -32,6 +32,14 @@ _SECTIONS: dict[str, dict[str, Any]] = {
         "missing_eos": -0.1,
     },
     "grpo": {"rollout": {"prompts_per_step": 3, "samples_per_prompt": 4}},
+    "distill": {
+        "batch": {"examples_per_step": 6, "micro_tokens": 128},
+        "losses": [{"kind": "soft"}, {"kind": "hidden"}, {"kind": "relation", "of": ["values", "keys"]}],
+        "temperature": 1.5,
+        "on_policy_frac": 0.5,
+        "on_policy": {"max_new_tokens": 12},
+        "term_norms_every": 5,
+    },
 }
 
 
@@ -44,17 +52,10 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def tiny_world(folder: Path) -> Path:
-    """A base model of 10 k weights, and rows for every stage; of uneven lengths."""
+    """A base model of 10 k weights, a teacher of 20 k, and rows for every stage; of uneven lengths."""
     pick, tokenizer = random.Random(0), Tokenizer.train([], TokenizerConfig(kind="byte"))
-    rows_of_embedding = -(-tokenizer.vocab_size // 64) * 64
-    model = GPT(GPTConfig(n_layers=1, n_heads=2, d_model=16, max_seq_len=96, vocab_size=rows_of_embedding))
-    init_weights(model, 0)
-    base = folder / "base"
-    base.mkdir(parents=True, exist_ok=True)
-    for name, content in model_files(model.config, torch.float32, tokenizer, {"stage": "sft", "step": 1}).items():
-        (base / name).write_bytes(content)
-    tensors = {n: t.contiguous() for n, t in model.state_dict().items()}
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    tiny_model(folder / "base", tokenizer, seed=0, n_layers=1, d_model=16)
+    tiny_model(folder / "teacher", tokenizer, seed=1, n_layers=2, d_model=24)
 
     def asked() -> str:
         return _word(pick, pick.randint(1, 8))
@@ -71,11 +72,24 @@ def tiny_world(folder: Path) -> Path:
         }
         for _ in range(40)
     ]
+    _write(folder / "distill.jsonl", [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()])
     for stage in ("reward", "dpo"):
         _write(folder / f"{stage}.jsonl", pairs)
     for stage in ONLINE:
         _write(folder / f"{stage}.jsonl", [{"prompt": asked()} for _ in range(20)])
     return folder
+
+
+def tiny_model(folder: Path, tokenizer: Tokenizer, seed: int, **shape: int) -> None:
+    """A language model with random weights, as a folder."""
+    rows_of_embedding = -(-tokenizer.vocab_size // 64) * 64
+    model = GPT(GPTConfig(n_heads=2, max_seq_len=96, vocab_size=rows_of_embedding, **shape))
+    init_weights(model, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in model_files(model.config, torch.float32, tokenizer, {"stage": "sft", "step": 1}).items():
+        (folder / name).write_bytes(content)
+    tensors = {n: t.contiguous() for n, t in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def tiny_stage(folder: Path, stage: str, out: str, **changes: Any) -> Path:
@@ -99,6 +113,8 @@ def tiny_stage(folder: Path, stage: str, out: str, **changes: Any) -> Path:
         "device": "cpu",
         **{key: dict(value) if isinstance(value, dict) else value for key, value in _SECTIONS[stage].items()},
     }
+    if stage == "distill":
+        recipe["teacher"] = str(folder / "teacher")
     if stage in ONLINE:
         recipe["rewards"] = [{"kind": "python", "function": "killers:reward"}]
         recipe["rollout"] |= {"max_new_tokens": 12, "batch_size": 8, "record_every": 1}

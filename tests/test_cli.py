@@ -34,6 +34,7 @@ COMMANDS = (
     "rank",
     "sample",
     "score",
+    "compare",
     "verify",
     "merge",
     "average",

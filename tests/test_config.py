@@ -387,6 +387,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "reward": {"stage": "reward", "objective": "classify", "out": "o", "data": {"path": "x"}, "model": {}},
     "ppo": {"stage": "ppo", "out": "o", "data": {"path": "x"}, "model": {}, "rewards": [{"kind": "exact"}]},
     "dpo": {"stage": "dpo", "out": "o", "data": {"path": "x"}, "init_from": "m"},
+    "distill": {"stage": "distill", "out": "o", "data": {"path": "x"}, "model": {}, "teacher": "m"},
 }
 
 

@@ -116,6 +116,17 @@ TINY: dict[str, dict[str, Any]] = {
         "steps": 1,
         "log": {"tensorboard": False, "plot": False},
     },
+    "distill": {
+        "stage": "distill",
+        "teacher": "nowhere",
+        "out": "out",
+        "data": {"path": "t.jsonl", "valid_frac": 0.2, "cache_dir": "cache"},
+        "model": {"n_layers": 1, "n_heads": 2, "d_model": 16, "max_seq_len": 64},
+        "losses": [{"kind": "soft", "weight": 1.0}, {"kind": "hidden", "layers": "last"}],
+        "batch": {"examples_per_step": 4},
+        "steps": 1,
+        "log": {"tensorboard": False, "plot": False},
+    },
     "tokenizer": {
         "stage": "tokenizer",
         "out": "out",

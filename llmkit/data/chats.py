@@ -140,7 +140,7 @@ class ChatRows:
     def rows(self, source: NDArray[np.int64], row: NDArray[np.int64]) -> tuple[Rows, list[NDArray[Any]]]:
         """The arrays of a batch, and each row's tokens without padding."""
         packs = [
-            [] if s == PADDING else self._documents(s, r) for s, r in zip(source.tolist(), row.tolist(), strict=True)
+            [] if s == PADDING else self.documents(s, r) for s, r in zip(source.tolist(), row.tolist(), strict=True)
         ]
         width = bucketed(max(sum(len(ids) - 1 for ids, _ in pack) for pack in packs), self.row_len)
         shape = (len(packs), width)
@@ -158,10 +158,15 @@ class ChatRows:
         tokens = [np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in pack)]) for pack in packs]
         return Rows(ids_BT, labels_BT, positions_BT, docs_BT), tokens
 
-    def _documents(self, source: int, row: int) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+    def members(self, source: int, row: int) -> NDArray[np.int64]:
+        """Which conversations of its source a row holds, in their order."""
         members, starts = self._packs[source]
+        return members[starts[row] : starts[row + 1]]
+
+    def documents(self, source: int, row: int) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """The conversations of a row: their ids, and which of these are learnt."""
         data, found = self._sources[source], []
-        for i in members[starts[row] : starts[row + 1]].tolist():
+        for i in self.members(source, row).tolist():
             here = slice(data.starts[i], data.starts[i + 1])
             found.append((data.tokens[here], data.trained[here]))
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,7 @@ from llmkit.data.packing import (
 from llmkit.data.shards import TokenShards
 
 PADDING = -1  # the source of a row that is all padding
+_BLOCK = 1 << 24  # tokens whose documents' beginnings are in memory at once
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,35 @@ class TextRows:
     def dropped_tokens(self) -> int:
         """Tokens of an epoch that no row holds; without packing, what lies beyond row_len of a document."""
         return 0 if self._packing else sum(n_dropped_tokens(s, self.row_len) for s in self._shards)
+
+    def name(self, source: int) -> str:
+        """What errors call a source."""
+        return self._shards[source].name
+
+    def hash(self, source: int) -> str:
+        """Names a source's rows, their labels and documents (hex SHA-256)."""
+        told = [self._shards[source].hash, self.row_len, self._packing, self._cross]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def members(self, source: int, row: int) -> NDArray[np.int64]:
+        """What can be learnt only as a whole: the row itself, since its first document may go on from the row before."""
+        return np.array([row])
+
+    def n_labels(self, source: int) -> NDArray[np.int64]:
+        """(n_rows,) how many labels of each of a source's rows are trained."""
+        shards, T = self._shards[source], self.row_len
+        if not self._packing:
+            return np.clip(shards.doc_lengths() - 1, 0, T)
+        n = np.full(self.n_rows[source], T, np.int64)
+        n[-1] = shards.n_tokens - 1 - T * (len(n) - 1)
+        if self._cross:
+            return n
+        step = _BLOCK // T + 1  # rows whose documents are looked up at once
+        for first in range(0, len(n), step):
+            last = min(first + step, len(n))
+            begins = shards.starts(first * T + 1, min(last * T + 1, shards.n_tokens))  # nothing predicts these tokens
+            n[first:last] -= np.bincount((begins - 1) // T - first, minlength=last - first)
+        return n
 
     def batch(
         self, numbers: NDArray[np.int64], source: NDArray[np.int64], row: NDArray[np.int64]

@@ -285,6 +285,12 @@ class TokenShards:
         self._token_offsets = np.cumsum([0] + [h.n_tokens for h in headers])
         self._doc_offsets = np.cumsum([0] + [h.n_docs for h in headers])
 
+    @property
+    def hash(self) -> str:
+        """Names ids and documents, by what the shards say of themselves (hex SHA-256)."""
+        told = [(shard.header.dtype, shard.header.n_tokens, shard.header.sha256) for shard in self._shards]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
     def verify(self) -> None:
         """Re-reads and hashes every shard. Raises UserError naming the first that is damaged."""
         for shard in self._shards:

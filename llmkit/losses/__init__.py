@@ -1,6 +1,8 @@
 """Losses: pure functions, tensors in, sums out. One module a family; each cites its paper."""
 
 from llmkit.losses.base import IGNORE, LossSum
+from llmkit.losses.distillation import DenseTeacher, SoftTerm, TopKTeacher, distillation_loss, uld_loss
+from llmkit.losses.features import attention_loss, hidden_loss, relation_loss
 from llmkit.losses.logprobs import full_kl, token_logprobs
 from llmkit.losses.policy import (
     cispo,
@@ -20,11 +22,17 @@ from llmkit.losses.vocabulary import linear_cross_entropy
 
 __all__ = [
     "IGNORE",
+    "DenseTeacher",
     "LossSum",
+    "SoftTerm",
+    "TopKTeacher",
+    "attention_loss",
     "cispo",
     "classification",
+    "distillation_loss",
     "full_kl",
     "gspo",
+    "hidden_loss",
     "importance_weight",
     "kl_loss",
     "kl_stats",
@@ -35,9 +43,11 @@ __all__ = [
     "ranking",
     "regression",
     "reinforce",
+    "relation_loss",
     "squared_error",
     "step_correctness",
     "token_logprobs",
     "token_weights",
+    "uld_loss",
     "value_loss",
 ]

@@ -30,7 +30,7 @@ def _distribution(hidden_CD: Tensor, weight_VD: Tensor, temperature: float) -> T
     return torch.log_softmax(logits_CV, -1)
 
 
-class _HeadGradient:
+class HeadGradient:
     """Turns gradients with respect to logits, a chunk at a time, into those of hidden states and weights."""
 
     def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, vocab: int, needs: tuple[bool, bool]):
@@ -95,7 +95,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor | None, grad_entropy_N: Tensor | None = None) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, labels_N, logp_NV, entropy_N = ctx.saved_tensors
-        out = _HeadGradient(hidden_ND, weight_VD, ctx.vocab, ctx.needs_input_grad[:2])
+        out = HeadGradient(hidden_ND, weight_VD, ctx.vocab, ctx.needs_input_grad[:2])
         for start in range(0, len(labels_N), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logp_CV = logp_NV
@@ -195,7 +195,7 @@ class _TokenKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, ref_hidden_ND, ref_weight_VD, kl_N = ctx.saved_tensors
-        out = _HeadGradient(hidden_ND, weight_VD, ctx.vocab, ctx.needs_input_grad[:2])
+        out = HeadGradient(hidden_ND, weight_VD, ctx.vocab, ctx.needs_input_grad[:2])
         for start in range(0, len(hidden_ND), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logp_CV = _distribution(hidden_ND[rows], weight_VD[: ctx.vocab], ctx.temperature)

@@ -10,6 +10,7 @@ width, F MLP width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +190,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(E, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(E, config.norm_eps) if config.qk_norm else nn.Identity()
         self.dropout = config.dropout
+        self.tap: Callable[[Tensor, Tensor, Tensor], None] | None = None  # shown q, k and v; see `distill.layers`
 
     def forward(
         self, x_BTD: Tensor, rope: Rope | None, mask: Tensor | None, causal: bool, cache: KVCache | None
@@ -199,6 +201,8 @@ class Attention(nn.Module):
         v = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        if self.tap is not None:
+            self.tap(q, k, v)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
             mask = mask if mask is None else mask[..., -k.shape[2] :]

@@ -6,6 +6,7 @@ Shapes as in `gpt`; C scores of a row.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,21 @@ class ActorCritic(nn.Module):
     def folders(self) -> tuple[tuple[str, nn.Module], ...]:
         """Where in a checkpoint each of the two lies."""
         return ("", self.actor), ("critic/", self.critic)
+
+
+class Distilled(nn.Module):
+    """A student, and the projections through which it is compared with its teacher: trained together, resumed together.
+
+    Only the student is the model of a checkpoint; the projections lie with the training state.
+    """
+
+    def __init__(self, student: GPT, projections: nn.ModuleDict):
+        super().__init__()
+        self.student, self.projections = student, projections
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the student: it is called by itself."""
+        self.student.compile(*args, **kwargs)
 
 
 def init_head(model: SequenceClassifier, seed: int, zero: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""Which files of a checkpoint hold a module's weights: a plain model, adapters alone, or an actor with its critic."""
+"""Which files of a checkpoint hold a module's weights: a plain model, adapters alone, an actor with its critic, or
+a student with its projections."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmkit.model.adapters import adapter_files, adapter_tensors, load_adapter_tensors
-from llmkit.model.heads import ActorCritic
+from llmkit.model.heads import ActorCritic, Distilled
 from llmkit.model.lora import adapters_of
 
 Tensors = dict[str, Tensor]
 MODEL, ADAPTERS = "model.safetensors", "adapter_model.safetensors"
+PROJECTIONS = "trainer_state/projections.safetensors"
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensors]:
@@ -21,6 +23,8 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensors]:
     """
     if isinstance(module, ActorCritic):
         return {f"{folder}{file}": t for folder, part in module.folders for file, t in saved_tensors(part).items()}
+    if isinstance(module, Distilled):
+        return {**saved_tensors(module.student), PROJECTIONS: dict(module.projections.state_dict())}
     if adapters_of(module):
         return {ADAPTERS: adapter_tensors(module)}
     return {MODEL: _without_aliases(module.state_dict())}
@@ -28,6 +32,8 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensors]:
 
 def saved_files(files: dict[str, bytes], module: nn.Module) -> dict[str, bytes]:
     """The small files beside the weights: with adapters, those of adapters in place of a model's."""
+    if isinstance(module, Distilled):
+        return saved_files(files, module.student)
     if not isinstance(module, ActorCritic):
         return adapter_files(files, module)
     out: dict[str, bytes] = {}
@@ -47,6 +53,10 @@ def load_saved(module: nn.Module, files: dict[str, Tensors]) -> None:
     if isinstance(module, ActorCritic):
         for folder, part in module.folders:
             load_saved(part, {file: files[f"{folder}{file}"] for file in saved_tensors(part)})
+        return
+    if isinstance(module, Distilled):
+        load_saved(module.student, files)
+        module.projections.load_state_dict(files[PROJECTIONS])
         return
     if adapters_of(module):
         load_adapter_tensors(module, files[ADAPTERS])

@@ -69,13 +69,8 @@ class Collector:
         """
         share = slice(*(len(rows) * r // self.ranks.world for r in (self.ranks.rank, self.ranks.rank + 1)))
         started = time.perf_counter()
-        made: list[Sampled] = []
-        stopped = False
-        try:
-            made = self.ranks.together(lambda: self._sample(model, rows[share], groups[share], purpose, should_stop))
-        except Interrupted:
-            stopped = True
-        if self.ranks.any(stopped):
+        made = self.ranks.together(lambda: self._sample(model, rows[share], groups[share], purpose, should_stop))
+        if self.ranks.any(made is None):
             raise Interrupted("stopped inside a rollout, which begins anew")
         sampled = time.perf_counter()
         scores = self.ranks.together(lambda: self.rewards.score([a.answer() for a in made]))
@@ -97,16 +92,21 @@ class Collector:
         groups: Sequence[int],
         purpose: str,
         should_stop: Callable[[], bool],
-    ) -> list[Sampled]:
-        return sample_answers(
-            model,
-            rows,
-            [seed_of(self.seed, purpose, g) for g in groups],
-            self.config,
-            self.tokenizer,
-            environment=self.environment,
-            should_stop=should_stop,
-        )
+    ) -> list[Sampled] | None:
+        """This rank's answers; None if it was asked to stop, which the other ranks must hear of before any gives up."""
+        seeds = [seed_of(self.seed, purpose, g) for g in groups]
+        try:
+            return sample_answers(
+                model,
+                rows,
+                seeds,
+                self.config,
+                self.tokenizer,
+                environment=self.environment,
+                should_stop=should_stop,
+            )
+        except Interrupted:
+            return None
 
 
 def described(rollouts: Rollouts) -> Metrics:

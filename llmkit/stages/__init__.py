@@ -9,6 +9,7 @@ from typing import Any
 
 from llmkit.config import Config, Data, UserError, Where, load
 from llmkit.stages.recipes import (
+    DistillRecipe,
     DPORecipe,
     GRPORecipe,
     PPORecipe,
@@ -27,6 +28,7 @@ STAGES: dict[str, tuple[type[Config], str]] = {
     "dpo": (DPORecipe, "llmkit.stages.dpo"),
     "ppo": (PPORecipe, "llmkit.stages.ppo"),
     "grpo": (GRPORecipe, "llmkit.stages.grpo"),
+    "distill": (DistillRecipe, "llmkit.stages.distill"),
 }
 
 

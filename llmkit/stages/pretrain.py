@@ -14,7 +14,6 @@ from llmkit.data.loader import MaskedRows, RowLoader, RowMaker, TextRows
 from llmkit.data.packing import Masking
 from llmkit.data.prepare import Prepared, prepare as prepare_shards
 from llmkit.data.shards import TokenShards
-from llmkit.inference.generate import generate
 from llmkit.model.config import GPTConfig
 from llmkit.model.files import model_files
 from llmkit.model.gpt import GPT
@@ -27,14 +26,12 @@ from llmkit.training.setup import (
     cost,
     describe_step,
     language_model,
-    micro_rows,
-    mixture_weights,
     model_config,
-    most_rows,
     plan as plan,  # `llmkit plan` finds it here
     refuse_changes,
     row_len,
     rows_per_step,
+    text_loader,
     tokenizer_of,
 )
 from llmkit.training.supervised import (
@@ -45,6 +42,7 @@ from llmkit.training.supervised import (
     label_bytes,
     supervised_step,
     token_loss,
+    write_samples,
 )
 
 
@@ -117,19 +115,8 @@ class PretrainTask(Task):
         return Masking(tokenizer.mask_id, text_ids, said.frac, said.replace_frac, said.random_frac)
 
     def _loader(self, shards: list[TokenShards], ctx: Context, held_out: bool = False) -> RowLoader:
-        recipe, world = self.recipe, ctx.ranks.world
-        n_rows = most_rows(recipe, self.row_len) * world if held_out else rows_per_step(recipe, self.row_len)
         rows = self._rows(shards, ctx, "held out" if held_out else "train")
-        return RowLoader(
-            rows,
-            rows_per_step=n_rows,
-            seed=seed_of(recipe.seed, "order"),
-            weights=None if held_out else mixture_weights(recipe.data, rows.n_rows),
-            rank=ctx.ranks.rank,
-            world=world,
-            micro_rows=micro_rows(recipe, n_rows // world, self.row_len),
-            prefetch=0 if held_out else 2,
-        )
+        return text_loader(self.recipe, rows, ctx.ranks, held_out)
 
     def close(self) -> None:
         """Ends the loader's thread, if it was ever begun."""
@@ -176,13 +163,8 @@ class PretrainTask(Task):
             metrics |= {f"{name}/{key}": value for key, value in self._figures(sums).items()}
         if not all(map(math.isfinite, metrics.values())):
             return metrics  # the loop ends the run: a model like this writes nothing either
-        texts = self._samples(engine, ctx) if split == "valid" and ctx.ranks.is_main else []
-        if ctx.all_should_stop():
-            return None  # the samples may be cut short; an evaluation counts, and is written, as a whole or not at all
-        for prompt, text in texts:
-            ctx.log.samples({"step": engine.step, "prompt": prompt, "text": text})
-            ctx.log.say(f"    {prompt}|{text}")
-        return metrics
+        told = split != "valid" or write_samples(engine, ctx, self.recipe.eval.samples, self.tokenizer, chat=False)
+        return None if told is None else metrics
 
     def _figures(self, sums: HeldOut) -> Metrics:
         loss = sums.mean("loss")
@@ -192,19 +174,6 @@ class PretrainTask(Task):
         return (
             {**figures, "bits_per_byte": sums.parts["loss"] / math.log(2) / sums.n_bytes} if sums.n_bytes else figures
         )
-
-    def _samples(self, engine: Engine, ctx: Context) -> list[tuple[str, str]]:
-        """Each prompt with what the model writes after it, `eval.samples.n` times."""
-        samples = self.recipe.eval.samples
-        if not samples.prompts:
-            return []
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        prompts = [bos + self.tokenizer.encode(p) for p in samples.prompts]
-        with engine.evaluating() as module:
-            assert isinstance(module, GPT)
-            results = generate(module, prompts, samples, tokenizer=self.tokenizer, should_stop=ctx.should_stop)
-        asked = [prompt for prompt in samples.prompts for _ in range(samples.n)]
-        return [(prompt, result.text) for prompt, result in zip(asked, results, strict=True)]
 
     def files(self, engine: Engine) -> dict[str, bytes]:
         facts = {"stage": "pretrain", "objective": self.recipe.objective, "step": engine.step, **self.facts()}

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from llmkit.config import Interrupted
 from llmkit.data.chats import ChatData, ChatRows, Chats, prepare_chats
 from llmkit.data.loader import Batch, RowLoader
-from llmkit.data.turns import prompt_ids
-from llmkit.inference.generate import generate
 from llmkit.losses import LossSum
 from llmkit.model.config import GPTConfig
 from llmkit.model.files import model_files
@@ -21,23 +19,20 @@ from llmkit.plan import flops_per_token, require_memory
 from llmkit.rollout.answers import AnswerEval
 from llmkit.stages.recipes import SftRecipe
 from llmkit.tokenizer import Tokenizer
-from llmkit.training.engine import Engine, LossFn, Metrics, seed_of
+from llmkit.training.engine import Engine, LossFn, Metrics
 from llmkit.training.loop import Context, Outcome, Stop, train
 from llmkit.training.setup import (
     cost,
     describe_step,
     language_model,
-    micro_rows,
-    mixture_weights,
     model_config,
-    most_rows,
     plan as plan,  # `llmkit plan` finds it here
     refuse_changes,
     row_len,
-    rows_per_step,
+    text_loader,
     tokenizer_of,
 )
-from llmkit.training.supervised import LOAD, HeldOut, held_out, supervised_step, token_loss
+from llmkit.training.supervised import LOAD, HeldOut, held_out, supervised_step, token_loss, write_samples
 from llmkit.training.task import Task
 
 
@@ -129,25 +124,14 @@ class SftTask(Task):
         return model
 
     def _loader(self, sources: list[Chats], ctx: Context, held_out: bool = False) -> RowLoader:
-        recipe, world = self.recipe, ctx.ranks.world
-        n_rows = most_rows(recipe, self.row_len) * world if held_out else rows_per_step(recipe, self.row_len)
         rows = ChatRows(
             sources,
             row_len=self.row_len,
             pad_id=self.tokenizer.pad_id,
-            packing=recipe.data.packing,
+            packing=self.recipe.data.packing,
             pin_memory=ctx.ranks.device.type == "cuda",
         )
-        return RowLoader(
-            rows,
-            rows_per_step=n_rows,
-            seed=seed_of(recipe.seed, "order"),
-            weights=None if held_out else mixture_weights(recipe.data, rows.n_rows),
-            rank=ctx.ranks.rank,
-            world=world,
-            micro_rows=micro_rows(recipe, n_rows // world, self.row_len),
-            prefetch=0 if held_out else 2,
-        )
+        return text_loader(self.recipe, rows, ctx.ranks, held_out)
 
     def close(self) -> None:
         """Ends the loader's thread and the graders' processes, if they were ever begun."""
@@ -193,29 +177,9 @@ class SftTask(Task):
             if graded is None:
                 return None
             metrics |= graded
-        texts = self._samples(engine, ctx) if ctx.ranks.is_main else []
-        if ctx.all_should_stop():
-            return None  # the samples may be cut short; an evaluation counts, and is written, as a whole or not at all
-        for prompt, text in texts:
-            ctx.log.samples({"step": engine.step, "prompt": prompt, "text": text})
-            ctx.log.say(f"    {prompt} | {text}")
-        return metrics
-
-    def _samples(self, engine: Engine, ctx: Context) -> list[tuple[str, str]]:
-        """Each prompt with the model's answer, `eval.samples.n` times."""
-        samples, data = self.recipe.eval.samples, self.recipe.data
-        if not samples.prompts:
-            return []
-        system = [{"role": "system", "content": data.system}] if data.system is not None else []
-        prompts = [
-            prompt_ids(self.tokenizer, [*system, {"role": "user", "content": p}] if data.chat else p, data.chat)
-            for p in samples.prompts
-        ]
-        with engine.evaluating() as module:
-            assert isinstance(module, GPT)
-            results = generate(module, prompts, samples, tokenizer=self.tokenizer, should_stop=ctx.should_stop)
-        asked = [prompt for prompt in samples.prompts for _ in range(samples.n)]
-        return [(prompt, result.text) for prompt, result in zip(asked, results, strict=True)]
+        data = self.recipe.data
+        told = write_samples(engine, ctx, self.recipe.eval.samples, self.tokenizer, data.chat, data.system)
+        return None if told is None else metrics
 
     # --- what is kept ------------------------------------------------------------------------------------------------
 

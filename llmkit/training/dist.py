@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -92,6 +92,16 @@ class Ranks:
         if self.any(error is not None):
             raise error or MachineError(f"rank {self.rank}: another rank failed: see its message")
         return result
+
+    def shard(self, layers: nn.ModuleList) -> None:
+        """Spreads the weights of frozen layers over the ranks: each is put together just before it computes.
+
+        All ranks must call each layer equally often.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=True)
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value (JSON) on every rank."""

@@ -140,7 +140,8 @@ class Engine:
         """Moves a gradient into the flat buffer as soon as autograd has it, and frees it."""
 
         def collect(p: Tensor) -> None:
-            assert p.grad is not None
+            if p.grad is None:  # autograd has been there, and found that nothing of the loss depends on it
+                return
             if self.noise is not None:
                 self.noise.see(p.grad)
             if self._first[name]:
@@ -231,6 +232,28 @@ class Engine:
             if self.guard is not None:
                 self.guard.accept(self.step + 1, metrics["loss"], metrics["grad_norm"])
         return {**metrics, **self._finish_step()}
+
+    def gradient_norm(self, batches: Sequence[MicroBatch], loss_fn: LossFn) -> float:
+        """Norm of the gradient that a loss has on a step's batches; nothing changes. A collective.
+
+        Args:
+            batches: this rank's, as in `update`.
+            loss_fn: a part of the loss, say.
+        """
+        (denominator,) = self.ranks.sum_numbers(sum(b.denominator for b in batches))
+        trained, flat = list(self.parameters.values()), torch.zeros_like(self.flat_grad)
+        sums = flat.split([p.numel() for p in trained])
+        self.module.train()
+        for i, batch in enumerate(batches):
+            torch.manual_seed(seed_of(self.config.seed, "dropout", self.step, i, self.ranks.rank))
+            total = loss_fn(self.module, batch.to(self.ranks.device)).total * (self.loss_scale / denominator)
+            if not total.requires_grad:  # a micro-batch of padding
+                continue
+            for part, gradient in zip(sums, torch.autograd.grad(total, trained, allow_unused=True), strict=True):
+                if gradient is not None:
+                    part += gradient.flatten()
+        self.ranks.sum_(flat)
+        return torch.linalg.vector_norm(flat).item() / self.loss_scale
 
     def _non_finite(self, metrics: Metrics, batches: Sequence[Any]) -> Refused:
         return NonFinite(self.step + 1, metrics, [n for n, g in self.grads.items() if not g.isfinite().all()], batches)

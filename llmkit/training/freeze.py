@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from llmkit.config import UserError
+from llmkit.model.heads import Distilled
 from llmkit.training.norms import layers_of
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
@@ -69,7 +70,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> str | None:
     """Freezes what the patterns mean; returns the sentence that a run says of it."""
     if not patterns:
         return None
-    parameters = dict(module.named_parameters())
+    parameters = dict((module.student if isinstance(module, Distilled) else module).named_parameters())
     frozen = frozen_names(list(parameters), patterns)
     for name in frozen:
         parameters[name].requires_grad_(False)

@@ -14,7 +14,7 @@ from torch import nn
 
 from llmkit.config import UserError
 from llmkit.data.config import DataConfig
-from llmkit.data.loader import RowLoader
+from llmkit.data.loader import RowLoader, RowMaker
 from llmkit.data.texts import obtain_tokenizer
 from llmkit.model.adapters import base_named, refuse_other_base
 from llmkit.model.config import GPTConfig
@@ -55,12 +55,12 @@ def tokenizer_of(recipe: ModelRecipe, should_stop: Callable[[], bool] | None = N
         UserError: with `init_from`, if the tokenizer gives other meanings to the old model's ids.
     """
     config = recipe.text_tokenizer
-    if recipe.init_from is None:
-        return obtain_tokenizer(config, recipe.data, Path(recipe.out) / "tokenizer", should_stop)
-    folder = resolve_model(recipe.init_from)
-    if config.path == recipe.init_from:
-        config = config.model_copy(update={"path": str(folder)})
+    if recipe.tokenizer_from is not None and config.path == recipe.tokenizer_from:
+        config = config.model_copy(update={"path": str(resolve_model(recipe.tokenizer_from))})
     tokenizer = obtain_tokenizer(config, recipe.data, Path(recipe.out) / "tokenizer", should_stop)
+    if recipe.init_from is None:
+        return tokenizer
+    folder = resolve_model(recipe.init_from)
     if (folder / "tokenizer.json").is_file():
         _check_same_ids(Tokenizer.load(folder), tokenizer, recipe.init_from)
     return tokenizer
@@ -167,6 +167,22 @@ def micro_rows(recipe: ModelRecipe, rows: int, row_len: int) -> int:
 def most_rows(recipe: ModelRecipe, row_len: int) -> int:
     """Rows that micro_tokens hold."""
     return max(1, (recipe.batch.micro_tokens or 8192) // row_len)
+
+
+def text_loader(recipe: ModelRecipe, rows: RowMaker, ranks: Ranks, held_out: bool = False) -> RowLoader:
+    """Loads rows of text: those of a run in its order, or those of a held-out split one after the other."""
+    length, world = rows.row_len, ranks.world
+    n_rows = most_rows(recipe, length) * world if held_out else rows_per_step(recipe, length)
+    return RowLoader(
+        rows,
+        rows_per_step=n_rows,
+        seed=seed_of(recipe.seed, "order"),
+        weights=None if held_out else mixture_weights(recipe.data, rows.n_rows),
+        rank=ranks.rank,
+        world=world,
+        micro_rows=micro_rows(recipe, n_rows // world, length),
+        prefetch=0 if held_out else 2,
+    )
 
 
 # --- networks --------------------------------------------------------------------------------------------------------

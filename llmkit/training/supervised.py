@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.data.loader import Batch, RowLoader
+from llmkit.data.turns import prompt_ids
+from llmkit.inference.generate import generate
 from llmkit.losses import IGNORE, LossSum, linear_cross_entropy
 from llmkit.model.gpt import GPT, document_mask
+from llmkit.tokenizer import Tokenizer
+from llmkit.training.config import SampleConfig
 from llmkit.training.engine import Engine, LossFn, Metrics
 from llmkit.training.loop import Context
 
@@ -32,17 +36,22 @@ def token_loss(z_loss: float, chunk: int, accuracy: bool = False) -> LossFn:
         mask = document_mask(batch.docs_BT, causal) if needs_mask else None
         hidden_BTD = module(batch.ids_BT, batch.positions_BT, mask)
         out = linear_cross_entropy(hidden_BTD, module.head_weight, batch.labels_BT, z_loss, chunk, accuracy)
-        experts = module.config.experts
-        if experts is None or not module.training:
-            return out
-        assert module.routing is not None
-        balance, load_LE = module.routing.loss(batch.labels_BT != IGNORE)
-        total, parts = out.total, out.parts
-        if experts.balance:
-            total, parts = total + experts.balance * balance.to(total.dtype), {**parts, "balance": balance.detach()}
-        return LossSum(total, parts, {LOAD: load_LE})
+        return with_balance(out, module, batch.labels_BT)
 
     return loss
+
+
+def with_balance(out: LossSum, model: GPT, labels_BT: Tensor) -> LossSum:
+    """The same loss with the balance of the experts' load in the last forward pass, where there are experts in training."""
+    experts = model.config.experts
+    if experts is None or not model.training:
+        return out
+    assert model.routing is not None
+    balance, load_LE = model.routing.loss(labels_BT != IGNORE)
+    total, parts = out.total, out.parts
+    if experts.balance:
+        total, parts = total + experts.balance * balance.to(total.dtype), {**parts, "balance": balance.detach()}
+    return LossSum(total, parts, {LOAD: load_LE})
 
 
 def supervised_step(engine: Engine, ctx: Context, loader: RowLoader, loss_fn: LossFn) -> Metrics:
@@ -131,3 +140,37 @@ def byte_lengths(tokenizer: Any, vocab_size: int) -> Tensor:
     """Text bytes of every id, [vocab_size]; 0 for special tokens and for rows beyond the tokenizer's size."""
     lengths = [tokenizer.n_bytes([i]) for i in range(tokenizer.vocab_size)]
     return torch.tensor(lengths + [0] * (vocab_size - len(lengths)), dtype=torch.int64)
+
+
+def write_samples(
+    engine: Engine, ctx: Context, samples: SampleConfig, tokenizer: Tokenizer, chat: bool, system: str | None = None
+) -> bool | None:
+    """Writes each prompt with what the model says to it, `samples.n` times, to the log and samples.jsonl.
+
+    Args:
+        chat: the prompts are a user's turns; else texts that go on.
+        system: a system message before them.
+
+    Returns:
+        None if asked to stop, on all ranks: the samples may be cut short then, and an evaluation counts, and is written,
+        as a whole or not at all.
+    """
+    texts: list[tuple[str, str]] = []
+    if samples.prompts and ctx.ranks.is_main:
+        before = [{"role": "system", "content": system}] if system is not None else []
+        prompts = [
+            prompt_ids(tokenizer, [*before, {"role": "user", "content": p}] if chat else p, chat)
+            for p in samples.prompts
+        ]
+        with engine.evaluating() as module:
+            model = module if isinstance(module, GPT) else module.get_submodule("student")
+            assert isinstance(model, GPT)
+            results = generate(model, prompts, samples, tokenizer=tokenizer, should_stop=ctx.should_stop)
+        asked = [prompt for prompt in samples.prompts for _ in range(samples.n)]
+        texts = [(prompt, result.text) for prompt, result in zip(asked, results, strict=True)]
+    if ctx.all_should_stop():
+        return None
+    for prompt, text in texts:
+        ctx.log.samples({"step": engine.step, "prompt": prompt, "text": text})
+        ctx.log.say(f"    {prompt}{' | ' if chat else '|'}{text}")
+    return True

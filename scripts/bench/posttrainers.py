@@ -140,7 +140,7 @@ def ours(job: Job) -> dict[str, Any]:
 
     def timed_step(self: Meter, *args: Any) -> None:
         step(self, *args)
-        ends.append(_now())
+        ends.append(stamp())
 
     def timed_logprobs(*args: Any) -> Any:
         begun = time.perf_counter()
@@ -153,10 +153,10 @@ def ours(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         recipe = Path(out) / "recipe.yaml"
         recipe.write_text(json.dumps(_recipe(job, Path(out), job.steps * updates)))
-        started = _now()
+        started = stamp()
         stage = load_recipe(recipe)
         stage_module(stage).run(stage)
-        timing, metrics = (_lines(Path(out) / "run" / f"{name}.jsonl") for name in ("timing", "metrics"))
+        timing, metrics = (read_lines(Path(out) / "run" / f"{name}.jsonl") for name in ("timing", "metrics"))
     marks = [started, *ends[updates - 1 :: updates]]
     seconds, cpu = ([b[i] - a[i] for a, b in itertools.pairwise(marks)] for i in (0, 1))
     losses = [m["train/loss"] for m in metrics if "train/loss" in m]
@@ -171,12 +171,12 @@ def ours(job: Job) -> dict[str, Any]:
     }
 
 
-def _now() -> tuple[float, float]:
+def stamp() -> tuple[float, float]:
     """Time, and the processor time of this process, in which other processes' work doesn't show."""
     return time.perf_counter(), time.process_time()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -238,7 +238,7 @@ def _recipe(job: Job, out: Path, steps: int) -> dict[str, Any]:
 # --- TRL -------------------------------------------------------------------------------------------------------------
 
 
-def _clock() -> Any:
+def step_clock() -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -249,10 +249,10 @@ def _clock() -> Any:
             self.cpu: list[float] = []
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.last = _now()
+            self.last = stamp()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            now = _now()
+            now = stamp()
             self.seconds.append(now[0] - self.last[0])
             self.cpu.append(now[1] - self.last[1])
             self.last = now
@@ -278,7 +278,7 @@ def trl(job: Job) -> dict[str, Any]:
             f"{job.folder}/reward", num_labels=1, dtype=torch.float32
         )
 
-    clock = _clock()
+    clock = step_clock()
     with tempfile.TemporaryDirectory() as out:
         shared: dict[str, Any] = {
             "output_dir": out, "per_device_train_batch_size": job.examples, "learning_rate": LR, "use_cpu": True,

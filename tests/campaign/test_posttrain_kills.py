@@ -25,6 +25,7 @@ N_KILLS = 20
 INSIDE = (SAMPLING, GRADING, COLLECTING)
 CHANGES: dict[str, dict[str, Any]] = {
     **{stage: {"steps": 1200, "save": {"every": 5}, "eval": {"every": 200}} for stage in ("sft", "reward", "dpo")},
+    "distill": {"steps": 600, "save": {"every": 5}, "eval": {"every": 150}},
     **{stage: {"steps": 240, "eval": {"every": 60}} for stage in ONLINE},
 }
 

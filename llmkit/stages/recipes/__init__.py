@@ -1,6 +1,7 @@
 """The recipe of every stage, one module a stage. Torch-free, so that a mistake in a recipe is reported at once."""
 
 from llmkit.stages.recipes.base import ModelRecipe
+from llmkit.stages.recipes.distill import DistillRecipe
 from llmkit.stages.recipes.dpo import DPORecipe
 from llmkit.stages.recipes.grpo import GRPORecipe
 from llmkit.stages.recipes.policy import PolicyRecipe
@@ -12,6 +13,7 @@ from llmkit.stages.recipes.tokenizer import TokenizerRecipe
 
 __all__ = [
     "DPORecipe",
+    "DistillRecipe",
     "GRPORecipe",
     "MaskingConfig",
     "ModelRecipe",

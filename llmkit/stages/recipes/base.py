@@ -44,7 +44,7 @@ class ModelRecipe(RunConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.model is None and self.init_from is None:
+        if self.model is None and self.init_from is None and not self.builds_model:
             raise ValueError("give `model`, or `init_from` to go on from old weights")
         if self.model is not None and self.batch.max_len is not None and self.batch.max_len > self.model.max_seq_len:
             raise ValueError(
@@ -53,8 +53,18 @@ class ModelRecipe(RunConfig):
         return self
 
     @property
+    def builds_model(self) -> bool:
+        """Whether the stage says by other keys what the network is."""
+        return False
+
+    @property
     def text_tokenizer(self) -> TokenizerConfig:
         """The tokenizer's section, or what its absence means."""
         if self.tokenizer is not None:
             return self.tokenizer
-        return TokenizerConfig(path=self.init_from) if self.init_from is not None else TokenizerConfig()
+        return TokenizerConfig(path=self.tokenizer_from) if self.tokenizer_from is not None else TokenizerConfig()
+
+    @property
+    def tokenizer_from(self) -> str | None:
+        """The model whose tokenizer serves where `tokenizer` is left out."""
+        return self.init_from
