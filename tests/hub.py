@@ -45,7 +45,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-PARAMETERS = {"Qwen/Qwen2.5-7B": 7_615_616_512, "HuggingFaceTB/SmolLM2-135M": 134_515_008}  # as the hub counts them
+SHAPES["Qwen/Qwen2.5-7B-Instruct"] = SHAPES["Qwen/Qwen2.5-7B"]
+SHAPES["Qwen/Qwen2.5-1.5B-Instruct"] = {
+    **_QWEN2,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+PARAMETERS = {"Qwen/Qwen2.5-7B": 7_615_616_512, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304, "HuggingFaceTB/SmolLM2-135M": 134_515_008}  # as the hub counts them
 
 
 def stand_in(name: str, folder: Path) -> Path:

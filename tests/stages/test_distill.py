@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hub import PARAMETERS, stand_in
 from posttraining import tiny_model, tiny_stage, tiny_world
 from reliability import read_jsonl, train
 from safetensors import safe_open
@@ -23,11 +24,15 @@ from test_objectives import Quiet
 from llmkit.cli import main
 from llmkit.config import UserError
 from llmkit.data.cache import ContentHashes
+from llmkit.distill.lessons import Lessons
 from llmkit.distill.on_policy import is_on_policy, last_answer
+from llmkit.distill.terms import Terms
+from llmkit.model.gpt import GPT
 from llmkit.model.weights import load_model
 from llmkit.stages import load_recipe
 from llmkit.storage import newest_good, resolve_model
 from llmkit.tokenizer import Tokenizer, TokenizerConfig
+from llmkit.training.dist import Ranks
 
 SOFT = [{"kind": "soft"}]
 ALONE: dict[str, Any] = {"on_policy_frac": 0.0, "temperature": 1.0, "term_norms_every": None, "ce_weight": 0.0}
@@ -402,3 +407,39 @@ def test_another_teacher_has_another_cache(world: Path) -> None:
         for name in ("taught", "teacher")
     ]
     assert keys[0] != keys[1] and isinstance(ContentHashes(world / "cache"), ContentHashes)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_on_hub_models_builds_on_the_meta_device(tmp_path: Path) -> None:
+    """Student and teacher of the hub's shapes, whose embeddings have other numbers of rows for one tokenizer."""
+    file = Path(__file__).parents[2] / "configs/distill/7b.yaml"
+    named = load_recipe(file)
+    assert named.init_from is not None
+    folders = {key: stand_in(getattr(named, key), tmp_path / key) for key in ("teacher", "init_from")}
+    recipe = load_recipe(file, [f"{key}={folder}" for key, folder in folders.items()])
+    lessons = Lessons(recipe, Ranks(), lambda: False, print)
+    assert lessons.same_tokens and lessons.row_len == 2048
+    assert lessons.model_config.vocab_size != lessons.teacher_config.vocab_size
+    with torch.device("meta"):
+        model = GPT(lessons.model_config)
+        projections = Terms(recipe, lessons.model_config, lessons.teacher_config, 261, 261).projections(0)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[named.init_from] and not len(projections)
+
+
+@pytest.mark.parametrize("name", ["demo", "features", "on_policy"])
+def test_the_demos_student_is_a_quarter(name: str) -> None:
+    """Of the demo's chat model; `demo_alone` is the same one on the same tokens."""
+    folder = Path(__file__).parents[2] / "configs"
+    recipe, alone = load_recipe(folder / f"distill/{name}.yaml"), load_recipe(folder / "distill/demo_alone.yaml")
+    teacher = load_recipe(folder / "pretrain/demo.yaml").model
+    assert recipe.teacher == "runs/demo/sft" and alone.model is not None and teacher is not None
+    sizes = []
+    for shape in (alone.model, teacher):
+        with torch.device("meta"):
+            model = GPT(shape.model_copy(update={"vocab_size": 2048}))
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    assert sizes[0] <= sizes[1] / 4
+    if name != "on_policy":
+        assert recipe.model == alone.model and recipe.steps == alone.steps and recipe.batch == alone.batch

@@ -68,3 +68,18 @@ class ModelRecipe(RunConfig):
     def tokenizer_from(self) -> str | None:
         """The model whose tokenizer serves where `tokenizer` is left out."""
         return self.init_from
+
+
+def check_conversations(data: DataConfig, train_on: str) -> None:
+    """Raises ValueError for what means nothing where the data are conversations."""
+    for source in (*data.sources, *data.valid, *data.test):
+        if source.field != "text" or source.template is not None:
+            raise ValueError("field and template are for plain text: say `columns: {our name: theirs}`")
+    if data.clean.is_on or data.dedup.kind is not None:
+        raise ValueError("data.clean and data.dedup are for plain text: conversations are read as they are")
+    if data.cross_document_attention:
+        raise ValueError("data.cross_document_attention: one conversation would answer another's question: drop it")
+    if not data.add_bos or not data.add_eos:
+        raise ValueError("data.add_bos and data.add_eos are for plain documents: the chat template says what is added")
+    if train_on == "last" and not data.chat:
+        raise ValueError("train_on: last means a turn of a conversation, and data.chat is false: use assistant")

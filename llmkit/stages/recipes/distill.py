@@ -14,7 +14,7 @@ from llmkit.distill.config import (
     SoftConfig,
     TeacherAnswersConfig,
 )
-from llmkit.stages.recipes.base import ModelRecipe
+from llmkit.stages.recipes.base import ModelRecipe, check_conversations
 
 
 class DistillRecipe(ModelRecipe):
@@ -122,19 +122,7 @@ class DistillRecipe(ModelRecipe):
     @model_validator(mode="after")
     def _data_fits(self) -> DistillRecipe:
         if self.examples == "conversations":
-            for source in (*self.data.sources, *self.data.valid, *self.data.test):
-                if source.field != "text" or source.template is not None:
-                    raise ValueError("field and template are for plain text: say `columns: {our name: theirs}`")
-            if self.data.clean.is_on or self.data.dedup.kind is not None:
-                raise ValueError("data.clean and data.dedup are for plain text: conversations are read as they are")
-            if self.data.cross_document_attention:
-                raise ValueError("data.cross_document_attention: one conversation would answer another's question")
-            if not self.data.add_bos or not self.data.add_eos:
-                raise ValueError(
-                    "data.add_bos and data.add_eos are for documents: the chat template says what is added"
-                )
-            if self.train_on == "last" and not self.data.chat:
-                raise ValueError("train_on: last means a turn, and data.chat is false: use assistant")
+            check_conversations(self.data, self.train_on)
         elif self.train_on != "assistant":
             raise ValueError("train_on is for conversations: every token of a document is learnt: drop it")
         if self.model is not None and not self.model.causal:
