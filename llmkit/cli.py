@@ -68,13 +68,35 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    if args.prompts is not None:
+        from llmkit.tools.write import run as write
+
+        return write(args)
     from llmkit.inference.command import run
+
+    return run(args)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from llmkit.tools.chat import run
 
     return run(args)
 
 
 def _verify(args: argparse.Namespace) -> int:
     from llmkit.tools.verify import run
+
+    return run(args)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from llmkit.export.quantize import run
+
+    return run(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from llmkit.export.command import run
 
     return run(args)
 
@@ -121,6 +143,26 @@ def _compare(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from llmkit.tools.bench import run
+
+    return run(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from llmkit.serving.command import run
+
+    return run(args)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    if args.harness == "lm-eval":
+        from llmkit.tools.lm_harness import run
+    else:
+        from llmkit.tools.evaluate import run
+    return run(args)
+
+
 def _schema(args: argparse.Namespace) -> int:
     import json
 
@@ -140,31 +182,50 @@ def _recipe_command(commands: Any, name: str, run: Any, text: str) -> None:
 def _generate_command(commands: Any) -> None:
     generate = commands.add_parser("generate", help="stream text from a model")
     generate.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
-    generate.add_argument("--prompt", required=True, help="the text to continue, or what the user says to a chat model")
+    asked = generate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="the text to continue, or what the user says to a chat model")
+    asked.add_argument("--prompts", metavar="FILE", help="many: a file, a folder, a glob or a hub data set")
+    generate.add_argument("--out", help="--prompts: the .jsonl to write; run again to go on where it stopped")
+    generate.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="such as prompt=request")
+    generate.add_argument("--limit", type=int, help="--prompts: only the first so many, for now")
+    generate.add_argument("--batch", type=int, help="--prompts: answered side by side; default: 16")
     generate.add_argument("--raw", action="store_true", help="no chat template, also for a chat model")
     generate.add_argument("--system", help="the system message, for a chat model")
-    generate.add_argument("--max-new-tokens", type=int)
-    generate.add_argument("--min-new-tokens", type=int, help="no stop token before so many")
-    generate.add_argument("--temperature", type=float, help="0 is greedy; default: 0.8, and 0 with --beams")
-    generate.add_argument("--top-k", type=int)
-    generate.add_argument("--top-p", type=float)
-    generate.add_argument("--min-p", type=float)
-    generate.add_argument("--repetition-penalty", type=float, help="above 1: less of what prompt and text hold already")
-    generate.add_argument("--presence-penalty", type=float, help="taken off the scores of what the text holds already")
-    generate.add_argument("--frequency-penalty", type=float, help="the same, times how often it does")
-    generate.add_argument(
-        "--logit-bias", action="append", default=[], metavar="TEXT=BIAS", help="a token, by text or id; -100 bans it"
-    )
+    _sampling_options(generate)
     generate.add_argument("--n", type=int, help="so many samples; with --beams, the n best")
     generate.add_argument("--beams", type=int, help="beam search with so many")
     generate.add_argument("--length-penalty", type=float, help="beams: above 0 favours long texts; default: 1")
     generate.add_argument("--early-stopping", action="store_true", default=None, help="beams: end with the first ended")
-    generate.add_argument("--seed", type=int)
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     generate.add_argument("--candidates", type=int, metavar="K", help="show the K likeliest next tokens instead")
     generate.add_argument("--precision", choices=("fp32", "bf16"), help="default: as saved")
     generate.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="a conversation with a chat model; /help there tells more")
+    chat.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
+    chat.add_argument("--system", help="the system message")
+    _sampling_options(chat)
+    chat.add_argument("--precision", choices=("fp32", "bf16"), help="default: as saved")
+    chat.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    chat.set_defaults(run=_chat, n=None, beams=None, length_penalty=None, early_stopping=None)
+
+
+def _sampling_options(parser: Any) -> None:
+    """How the next token is chosen."""
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--min-new-tokens", type=int, help="no stop token before so many")
+    parser.add_argument("--temperature", type=float, help="0 is greedy, also the default with beams; else 0.8")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float, help="above 1: less of what prompt and text hold already")
+    parser.add_argument("--presence-penalty", type=float, help="taken off the scores of what the text holds already")
+    parser.add_argument("--frequency-penalty", type=float, help="the same, times how often it does")
+    parser.add_argument(
+        "--logit-bias", action="append", default=[], metavar="TEXT=BIAS", help="a token, by text or id; -100 bans it"
+    )
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
 
 
 def _embed_command(commands: Any) -> None:
@@ -284,6 +345,68 @@ def _compare_command(commands: Any) -> None:
     compare.set_defaults(run=_compare)
 
 
+def _bench_command(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="size, quality and speed of a model in fp32, bf16 and quantised")
+    bench.add_argument("model", help="a run, a checkpoint or a Hugging Face folder: the original")
+    bench.add_argument("others", nargs="*", metavar="quantised", help="folders made from it by `llmkit quantize`")
+    bench.add_argument("--out", help="the folder for bench.md, bench.json and bench.png; default: the table is printed")
+    bench.add_argument(
+        "--precisions", metavar="A,B", default="fp32,bf16", help="of the original; the first is what others are held to"
+    )
+    bench.add_argument("--text", metavar="FILE", help="held-out documents: perplexity, divergence from the original")
+    bench.add_argument("--field", help="where a document stands in its row; default: text")
+    bench.add_argument("--chats", metavar="FILE", help="held-out conversations: the same of the assistant's turns")
+    bench.add_argument("--context", type=int, help="tokens of a held-out row; default: the model's context, or 2048")
+    bench.add_argument("--limit", type=int, help="only the first so many rows of the file")
+    bench.add_argument("--raw", action="store_true", help="--chats: no chat template, plain text")
+    bench.add_argument("--system", help="--chats: the system message of those that have none")
+    bench.add_argument("--prompt-tokens", type=int, help="PP: of the prompt; default: 512, or what fits")
+    bench.add_argument("--new-tokens", type=int, help="TG: that are written; default: 128, or what fits")
+    bench.add_argument("--repeats", type=int, default=5, help="speed: runs of each; default: 5; 0: none")
+    bench.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    bench.set_defaults(run=_bench)
+
+
+def _serve_command(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="OpenAI-compatible server, and a chat page")
+    serve.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
+    serve.add_argument("--host", default="127.0.0.1", help="others than this machine's own need a key")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free one")
+    serve.add_argument("--api-key", metavar="K", help="what clients must send; default: $LLMKIT_API_KEY, or none")
+    serve.add_argument("--name", help="what requests call the model; default: its folder's name")
+    serve.add_argument("--draft", metavar="MODEL", help="a small model that proposes tokens: the same text, sooner")
+    serve.add_argument("--draft-tokens", type=int, help="that it proposes at a time; default: 4")
+    serve.add_argument("--max-rows", type=int, help="texts that are written side by side; default: 32")
+    serve.add_argument("--cache-tokens", type=int, help="of all texts together whose keys and values are kept")
+    serve.add_argument("--max-pending", type=int, help="texts that are written or wait; default: 128; then 429")
+    serve.add_argument("--timeout", type=float, metavar="S", help="seconds for one request; default: 600")
+    serve.add_argument("--precision", choices=("fp32", "bf16"), help="default: as saved")
+    serve.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    serve.set_defaults(run=_serve)
+
+
+def _eval_command(commands: Any) -> None:
+    parser = commands.add_parser("eval", help="benchmarks, perplexity and bits per byte, with intervals")
+    parser.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
+    parser.add_argument("--tasks", metavar="A,B", help="mmlu, mmlu_pro, gpqa, drop, humaneval, gsm8k, ceval, cmmlu")
+    parser.add_argument("--data", metavar="DIR", help="reads DIR/<task>.jsonl or DIR/<task>/ instead of the hub")
+    parser.add_argument("--limit", type=int, help="only so many questions of a task, at equal distances")
+    parser.add_argument("--shots", type=int, help="examples before a question; default: the task's, if any")
+    parser.add_argument("--out", metavar="DIR", help="writes eval.json, eval.md, eval.html and every answer")
+    parser.add_argument("--raw", action="store_true", help="no chat template, also for a chat model")
+    parser.add_argument("--max-new-tokens", type=int, help="of a written answer; default: the task's")
+    parser.add_argument("--run-code", action="store_true", help="allows programs that the model writes, in a sandbox")
+    parser.add_argument("--against", metavar="FILE", help="texts it has learnt from: which questions stand in them?")
+    parser.add_argument("--text", metavar="FILE", help="held-out documents: perplexity and bits per byte")
+    parser.add_argument("--field", help="where a document stands in its row; default: text")
+    parser.add_argument("--context", type=int, help="tokens of a row of --text; default: the model's, at most 2048")
+    parser.add_argument("--harness", choices=("own", "lm-eval"), default="own", help="who asks; default: own")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="most tokens of a forward pass; default: 8192")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: as saved")
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    parser.set_defaults(run=_eval)
+
+
 def _drawing_options(parser: Any) -> None:
     """What `rank` and `sample` are told of the prompts and of how they are answered."""
     parser.add_argument("--prompts", help="a file, a folder, a glob or a hub data set")
@@ -312,6 +435,28 @@ def _folder_commands(commands: Any) -> None:
     merge.add_argument("adapter", help="a run, a checkpoint or a PEFT folder with adapters")
     merge.add_argument("out", help="the folder to write")
     merge.set_defaults(run=_merge)
+
+    quantize = commands.add_parser("quantize", help="a model in 8 or 4 bits a weight, for inference")
+    quantize.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
+    quantize.add_argument("out", help="the folder to write")
+    quantize.add_argument("--bits", type=int, choices=(8, 4), required=True)
+    quantize.add_argument("--group", type=int, metavar="N", help="4 bits: weights that share a scale; default: 32")
+    quantize.add_argument(
+        "--calibrate", metavar="FILE", help="4 bits: texts or conversations on which the products are to stay (GPTQ)"
+    )
+    quantize.add_argument("--field", help="--calibrate: where a document stands in its row; default: text")
+    quantize.set_defaults(run=_quantize)
+
+    export = commands.add_parser("export", help="a model for other programs: GGUF (llama.cpp), ONNX")
+    export.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
+    export.add_argument("out", help="gguf: the file to write; onnx: the folder")
+    export.add_argument("--format", choices=("gguf", "onnx"), required=True)
+    export.add_argument(
+        "--type",
+        choices=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+        help="of the matrices; default: f16 (gguf), f32 (onnx, which has no other)",
+    )
+    export.set_defaults(run=_export)
 
     average = commands.add_parser("average", help="one model from several of one shape: the mean of their weights")
     average.add_argument("out", help="the folder to write")
@@ -343,6 +488,9 @@ def build_parser() -> argparse.ArgumentParser:
     _answer_commands(commands)
     _score_command(commands)
     _compare_command(commands)
+    _eval_command(commands)
+    _bench_command(commands)
+    _serve_command(commands)
     _folder_commands(commands)
     schema = commands.add_parser("schema", help="JSON schema of all recipes, for completion in editors")
     schema.set_defaults(run=_schema)

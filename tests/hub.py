@@ -57,7 +57,11 @@ SHAPES["Qwen/Qwen2.5-1.5B-Instruct"] = {
     "vocab_size": 151936,
     "tie_word_embeddings": True,
 }
-PARAMETERS = {"Qwen/Qwen2.5-7B": 7_615_616_512, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304, "HuggingFaceTB/SmolLM2-135M": 134_515_008}  # as the hub counts them
+PARAMETERS = {  # as the hub counts them
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+}
 
 
 def stand_in(name: str, folder: Path) -> Path:

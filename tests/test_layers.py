@@ -42,6 +42,7 @@ FLOORS: list[tuple[str, ...]] = [
         "training.preferring",
         "training.policy",
         "rollout",
+        "evaluation.harness",
         "distill",
     ),
     ("stages",),

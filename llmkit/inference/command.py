@@ -20,7 +20,7 @@ from llmkit.tokenizer import Tokenizer
 from llmkit.training.dist import pick_device
 
 TEMPERATURE = 0.8  # of text that people look at; rollouts need SamplingConfig's own default, 1, to be on policy
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,10 +28,12 @@ def run(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     if args.candidates is not None and args.candidates < 1:
         raise UserError(f"generate: candidates: must be at least 1 (got {args.candidates})")
+    for option in ("out", "column", "limit", "batch"):
+        if getattr(args, option):
+            raise UserError(f"generate: --{option} is about many prompts: give --prompts, a file of them")
     folder = resolve_model(args.model)
     tokenizer = Tokenizer.load(folder)
-    dtype = _DTYPES[args.precision] if args.precision else None
-    model = load_model(folder, dtype, pick_device(args.device))
+    model = load_model(folder, DTYPES.get(args.precision), pick_device(args.device))
     ids = encode_prompt(tokenizer, args.prompt, args.system, chat=not args.raw and is_chat_model(folder, tokenizer))
     if args.candidates:
         print_candidates(model, tokenizer, ids, args.candidates)
@@ -43,17 +45,17 @@ def run(args: argparse.Namespace) -> int:
 def read_sampling(args: argparse.Namespace) -> SamplingConfig:
     """The options of the command line; those not given have SamplingConfig's defaults, but for the temperature."""
     options = {name: value for name in SamplingConfig.model_fields if (value := getattr(args, name)) is not None}
-    biases = [read_bias(text) for text in args.logit_bias]
+    biases = [read_bias(text, args.command) for text in args.logit_bias]
     options["logit_bias"] = dict(biases)
     if len(options["logit_bias"]) < len(biases):
-        raise UserError("generate: logit_bias: the same token is named twice: keep one")
+        raise UserError(f"{args.command}: logit_bias: the same token is named twice: keep one")
     if args.temperature is None:
         options["temperature"] = TEMPERATURE if args.beams in (None, 1) else 0.0
-    sampling: SamplingConfig = validate(SamplingConfig, options, {(): "generate"})
+    sampling: SamplingConfig = validate(SamplingConfig, options, {(): args.command})
     return sampling
 
 
-def read_bias(text: str) -> tuple[str, float]:
+def read_bias(text: str, command: str) -> tuple[str, float]:
     """`TEXT=BIAS`; the text may hold further equals signs."""
     name, equals, bias = text.rpartition("=")
     try:
@@ -61,7 +63,7 @@ def read_bias(text: str) -> tuple[str, float]:
             return name, float(bias)
     except ValueError:
         pass
-    raise UserError(f"generate: logit_bias: expected TEXT=BIAS, such as ' the=-5' (got {text!r})")
+    raise UserError(f"{command}: logit_bias: expected TEXT=BIAS, such as ' the=-5' (got {text!r})")
 
 
 def print_texts(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: SamplingConfig) -> None:

@@ -23,6 +23,7 @@ from llmkit.model.gpt import GPT
 from llmkit.model.heads import SequenceClassifier
 from llmkit.model.hf import read_config, read_json, read_labels
 from llmkit.model.layouts import canonical_names, config_of, from_disk, to_disk
+from llmkit.model.quantization import QUANTIZED, Quantization, fill, quantization_of, stored_shapes
 
 MAX_TENSORS = 1_000_000
 # Tensors with a row for each token.
@@ -33,9 +34,12 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder: one, or those that the index names; of adapters those of their base."""
     if is_adapter(folder):
         folder = base_of(folder)
-    index = folder / "model.safetensors.index.json"
+    # Quantised ones have a name of their own, so that no other reader takes what it doesn't find for new weights.
+    quantized = any((folder / name).is_file() for name in (QUANTIZED, f"{QUANTIZED}.index.json"))
+    whole = QUANTIZED if quantized else "model.safetensors"
+    index = folder / f"{whole}.index.json"
     if not index.is_file():
-        names = ["model.safetensors"]
+        names = [whole]
     else:
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -164,6 +168,10 @@ def load_weights(
         adapter, folder = read_adapter(folder, config), base_of(folder, check=True)
         adapter.check({name: tuple(p.shape) for name, p in model.named_parameters()})
         may_lack = (*may_lack, *adapter.whole)
+    if (quantization := quantization_in(folder)) is not None:
+        raise UserError(
+            f"{folder}: its weights are quantised ({quantization}), which can't be trained: take the model they were made from"
+        )
     files = weight_files(folder)
     raw, asked = shapes_of(files), checkpoint_shapes(model)
     names = canonical_names(config, raw)
@@ -223,10 +231,21 @@ def _dtype_of(config: GPTConfig, file: Path) -> torch.dtype:
     return dtype
 
 
-def _check_size(folder: Path, config: GPTConfig, files: list[Path]) -> None:
+def quantization_in(folder: Path) -> Quantization | None:
+    """How a folder's matrices are held in few bits; None: they are not. Raises UserError for adapters beside such ones."""
+    own = base_of(folder) if is_adapter(folder) else folder
+    quantization = quantization_of(read_json(own), str(own / "config.json"))
+    if quantization is not None and own != folder:
+        raise UserError(
+            f"{folder}: its base {own} is quantised ({quantization}): adapters need the model it was made from"
+        )
+    return quantization
+
+
+def _check_size(folder: Path, config: GPTConfig, files: list[Path], least_bits: int = 8) -> None:
     """Refuses a config.json that claims more than the files can hold, before anything is allocated."""
     on_disk = sum(file.stat().st_size for file in files)
-    if (n_params := count_params(config).total) > on_disk:
+    if (n_params := count_params(config).total) * least_bits > on_disk * 8:
         raise UserError(
             f"{folder}: config.json asks for {n_params} parameters, the weights are {on_disk} bytes: they do not "
             "belong together"
@@ -247,12 +266,15 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     config = read_config(folder)
     if (labels := read_labels(folder)) is not None:
         raise UserError(f"{folder}: scores whole texts ({', '.join(labels[:5])}): it holds no language model")
-    files = weight_files(folder)
-    _check_size(folder, config, files)
-    if dtype is None:
-        dtype = _dtype_of(config, files[0])
+    files, quantization = weight_files(folder), quantization_in(folder)
+    _check_size(folder, config, files, 8 if quantization is None else quantization.bits)
     with torch.device("meta"):
         model = GPT(config)
+    if quantization is not None:
+        _load_quantized(model, folder, files, quantization, dtype, device)
+        return model.eval().requires_grad_(False)
+    if dtype is None:
+        dtype = _dtype_of(config, files[0])
     model = model.to(dtype=dtype).to_empty(device=device)
     load_weights(model, folder)
     return model.eval().requires_grad_(False)
@@ -275,6 +297,7 @@ def load_classifier(
         UserError: for an unsupported or damaged folder, or one whose head is none; before anything is allocated.
     """
     config, labels, files = read_config(folder), read_labels(folder), weight_files(folder)
+    quantization = quantization_in(folder)
     if labels is None:
         raise UserError(
             f"{folder}: holds a language model, no scores of texts: train a reward model from it with `stage: reward`"
@@ -284,9 +307,14 @@ def load_classifier(
             f"{folder}: has {len(labels)} scores ({', '.join(labels[:5])}), {n_scores} expected: a reward model is "
             "trained with `stage: reward, objective: rank`"
         )
-    _check_size(folder, config.model_copy(update={"tie_embeddings": True}), files)  # there is no head for words
+    # There is no head for words.
+    bare = config.model_copy(update={"tie_embeddings": True})
+    _check_size(folder, bare, files, 8 if quantization is None else quantization.bits)
     with torch.device("meta"):
         model = SequenceClassifier(config, len(labels))
+    if quantization is not None:
+        _load_quantized(model, folder, files, quantization, dtype, device)
+        return model.eval().requires_grad_(False)
     found = (*canonical_names(config, shapes_of(files)).values(), *adapter_heads(folder))
     if missing := [name for name in model.head_names if name not in found]:
         raise UserError(
@@ -297,3 +325,13 @@ def load_classifier(
     if not model.get_parameter("score.weight" if config.causal else "classifier.weight").any():
         raise UserError(f"{folder}: every weight of the head is 0: it was never trained")
     return model.eval().requires_grad_(False)
+
+
+def _load_quantized(
+    model: nn.Module, folder: Path, files: list[Path], quantization: Quantization, dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:  # fmt: skip
+    """Gives a model without memory the codes and scales of a quantised folder, if all of them are there and fit."""
+    if wrong := misfits(stored_shapes(model, quantization), shapes_of(files)):
+        raise UserError("\n".join(f"{folder}: {line}" for line in wrong))
+    fill(model, (pair for file in files for pair in read_tensors(file)), str(folder), dtype, device)

@@ -19,7 +19,7 @@ from torch import Tensor
 from llmkit.config import UserError
 from llmkit.model.hf import read_config
 from llmkit.model.layouts import from_disk, to_disk
-from llmkit.model.weights import shapes_of, weight_files
+from llmkit.model.weights import quantization_in, shapes_of, weight_files
 from llmkit.storage import (
     MANIFEST,
     Damaged,
@@ -53,6 +53,8 @@ class Source:
         """
         self.folder = folder
         files = weight_files(folder)
+        if (quantization := quantization_in(folder)) is not None:
+            raise UserError(f"{folder}: is quantised ({quantization}): take the model it was made from")
         self.shapes = shapes_of(files)
         handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         self._files = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - not a dict

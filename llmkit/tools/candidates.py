@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmkit.config import UserError, validate
 from llmkit.data.config import SourceConfig
 from llmkit.data.layouts import Message, read_source
@@ -115,11 +117,11 @@ def sampling_of(args: argparse.Namespace, command: str) -> SamplingConfig:
 class Writer:
     """A model that answers prompts; what it answers to one depends on the seed and the prompt's number alone."""
 
-    def __init__(self, args: argparse.Namespace, sampling: SamplingConfig):
+    def __init__(self, args: argparse.Namespace, sampling: SamplingConfig, dtype: torch.dtype | None = None):
         self.folder = resolve_model(args.model)
         self.tokenizer = Tokenizer.load(self.folder)
         self.chat = not args.raw and is_chat_model(self.folder, self.tokenizer)
-        self.model = load_model(self.folder, None, pick_device(args.device))
+        self.model = load_model(self.folder, dtype, pick_device(args.device))
         self._sampling, self._seed = sampling, args.seed
 
     def encode(self, row: Asked) -> list[int]:

@@ -21,7 +21,7 @@ from llmkit.data.layouts import Dialogue, read_source
 from llmkit.data.sources import documents, files_of, units_of, where
 from llmkit.data.turns import encode_dialogue
 from llmkit.inference.batch import check_model
-from llmkit.inference.command import is_chat_model
+from llmkit.inference.command import DTYPES, is_chat_model
 from llmkit.losses import IGNORE
 from llmkit.model.adapters import WEIGHTS, is_adapter
 from llmkit.model.config import count_params
@@ -40,7 +40,6 @@ from llmkit.training.task import Context
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 MAX_GROUPS = 40  # of answers
 MAX_CONTEXT = 2048  # of held-out text, where nobody says another
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Record = dict[str, Any]
 Step = Callable[[int], Any]
@@ -84,8 +83,9 @@ def run(args: argparse.Namespace) -> int:
     names = names_of(args.models, args.names)
     _check(args)
     out, device = Path(args.out), pick_device(args.device)
-    models = [_load(name, path, args, device) for name, path in zip(names, args.models, strict=True)]
-    n_prompt, n_new = _speed_lengths(args, models)
+    dtype = DTYPES.get(args.precision)
+    models = [load(name, path, dtype, args.raw, device) for name, path in zip(names, args.models, strict=True)]
+    n_prompt, n_new = speed_lengths(args, models, PROMPT_TOKENS, NEW_TOKENS)
     report: Record = {
         "models": [_size(m) for m in models],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -100,24 +100,24 @@ def run(args: argparse.Namespace) -> int:
         # All that may be wrong with the data is found before the first model works.
         evals = None if args.questions is None else _questions(args, models, device, stack)
         by = None if evals is None else _groups_of(args, evals)
-        held_out = None if args.text is None and args.chats is None else _held_out(args, models)
+        held_out = None if args.text is None and args.chats is None else read_held_out(args, models)
         with machine_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         if held_out is not None:
             report["held_out"] = held_out.facts
             for found, result in zip(held_out.measure(models), report["models"], strict=True):
-                result |= _told_likelihood(found)
+                result |= told_likelihood(found)
         if evals is not None:
             report["questions"] = {"path": args.questions, "by": by}
             for m, one, result in zip(models, evals, report["models"], strict=True):
                 result |= _answers(m, one, by, out, device)
     if args.repeats:
         timed = [Timed(m.model, m.tokenizer) for m in models]
-        with _bar("speed", (args.repeats + 1) * len(models), " runs") as step:
+        with progress("speed", (args.repeats + 1) * len(models), " runs") as step:
             measured = speeds(timed, n_prompt, n_new, args.repeats, lambda: step(1))
         for speed, result in zip(measured, report["models"], strict=True):
             result["speed"] = {"prompt": speed.prompt, "generation": speed.generation}
-    _write(out, _plain(report))
+    _write(out, plain(report))
     return 0
 
 
@@ -172,33 +172,36 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"compare: --out {args.out}: is a file: name a folder")
 
 
-def _load(name: str, path: str, args: argparse.Namespace, device: torch.device) -> Compared:
+def load(name: str, path: str, dtype: torch.dtype | None, raw: bool, device: torch.device) -> Compared:
+    """A model that continues text, with its tokenizer. Raises UserError for one that doesn't."""
     folder = resolve_model(path)
     tokenizer = Tokenizer.load(folder)
-    model = load_model(folder, _DTYPES[args.precision] if args.precision else None, device)
+    model = load_model(folder, dtype, device)
     try:
         check_model(model, tokenizer.vocab_size)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    return Compared(name, folder, tokenizer, model, args.raw)
+    return Compared(name, folder, tokenizer, model, raw)
 
 
-def _speed_lengths(args: argparse.Namespace, models: Sequence[Compared]) -> tuple[int, int]:
-    """Tokens of the prompt and new ones; what isn't said is made to fit the smallest context."""
+def speed_lengths(
+    args: argparse.Namespace, models: Sequence[Compared], prompt_tokens: int, new_tokens: int
+) -> tuple[int, int]:
+    """Tokens of the prompt and new ones: as asked for, else so many, made to fit the smallest context."""
     smallest = min(models, key=lambda m: m.context)
     room = smallest.context
-    n_new = args.new_tokens or max(2, min(NEW_TOKENS, room - args.prompt_tokens if args.prompt_tokens else room // 3))
-    n_prompt = args.prompt_tokens or max(1, min(PROMPT_TOKENS, room - n_new))
+    n_new = args.new_tokens or max(2, min(new_tokens, room - args.prompt_tokens if args.prompt_tokens else room // 3))
+    n_prompt = args.prompt_tokens or max(1, min(prompt_tokens, room - n_new))
     if args.repeats and n_prompt + n_new > smallest.context:
         raise UserError(
-            f"compare: --prompt-tokens {n_prompt} and --new-tokens {n_new} don't fit into the context of "
+            f"{args.command}: --prompt-tokens {n_prompt} and --new-tokens {n_new} don't fit into the context of "
             f"{smallest.name}, {smallest.context} tokens: lower them"
         )
     return n_prompt, n_new
 
 
 @contextmanager
-def _bar(what: str, total: int, unit: str) -> Iterator[Step]:
+def progress(what: str, total: int, unit: str) -> Iterator[Step]:
     with tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         yield bar.update
 
@@ -235,17 +238,19 @@ class HeldOut:
 
     def measure(self, models: Sequence[Compared]) -> Iterator[Likelihood]:
         for m, rows in zip(models, self.rows, strict=True):
-            with _bar(f"{m.name}: loss", len(rows), " rows") as step:
+            with progress(f"{m.name}: loss", len(rows), " rows") as step:
                 try:
                     yield likelihood(m.model, rows, m.tokenizer.vocab_size, self.n_bytes, step)
                 except MachineError as e:
                     raise MachineError(f"{m.name}: {e}; `llmkit verify {m.folder}` looks at its weights") from None
 
 
-def _held_out(args: argparse.Namespace, models: Sequence[Compared]) -> HeldOut:
+def read_held_out(args: argparse.Namespace, models: Sequence[Compared]) -> HeldOut:
     context = args.context or min(MAX_CONTEXT, *(m.context for m in models))
     if context > (smallest := min(models, key=lambda m: m.context)).context:
-        raise UserError(f"compare: --context {context}: {smallest.name} sees {smallest.context} tokens: lower it")
+        raise UserError(
+            f"{args.command}: --context {context}: {smallest.name} sees {smallest.context} tokens: lower it"
+        )
     for m in models:
         if (text := m.tokenizer.lost) is not None:
             _say(f"note: {m.name}: its tokenizer can't write every text ({text!r}): what it loses costs it nothing")
@@ -311,7 +316,7 @@ def _chats(args: argparse.Namespace, m: Compared) -> tuple[dict[Any, list[Scored
     return found, len(found) + len(unusable)
 
 
-def _told_likelihood(found: Likelihood) -> Record:
+def told_likelihood(found: Likelihood) -> Record:
     return {
         "loss": found.loss,
         "perplexity": found.perplexity,
@@ -389,7 +394,7 @@ def _groups_of(args: argparse.Namespace, evals: Sequence[AnswerEval]) -> str | N
 def _answers(m: Compared, questions: AnswerEval, by: str | None, out: Path, device: torch.device) -> Record:
     """Has a model answer all questions; its answers stay in `out` to be read."""
     n_batches = -(-len(questions.questions) // questions.config.micro_rows)
-    with _bar(f"{m.name}: answers", n_batches, " batches") as step:
+    with progress(f"{m.name}: answers", n_batches, " batches") as step:
         metrics = questions.evaluate(m.model, cast(Context, _Alone(out, device, lambda: step(1))))
     assert metrics is not None
     file = (out / FILE).replace(out / f"answers-{m.name}.jsonl")
@@ -420,12 +425,12 @@ def _scored(grades: Sequence[float | None], groups: Sequence[str] | None) -> Rec
 # --- what came of it -------------------------------------------------------------------------------------------------
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers that JSON doesn't know become null."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

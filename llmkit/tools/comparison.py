@@ -12,6 +12,9 @@ from typing import Any
 
 Record = dict[str, Any]
 Cell = Callable[[Record], str]
+Span = tuple[float, float] | None  # a bar's whisker, from and to
+Panel = tuple[str, list[float | None], list[Span], str]
+"""Of a picture: title, a value and a whisker of each model, and how the value is written."""
 
 _CJK = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "PingFang SC", "SimHei")
 
@@ -25,10 +28,15 @@ def table(report: Record) -> str:
     rows = [["", *(m["name"] for m in models)]]
     for name, cell in _measures(report):
         rows.append([" ".join(name.replace("|", "/").split()), *(cell(m) for m in models)])
+    return markdown(rows, list(notes(report)))
+
+
+def markdown(rows: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
+    """A table of equally many cells a row, the first row its head, and a list of remarks below it."""
     widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [_line(row, widths) for row in rows]
     lines.insert(1, "|" + "|".join(f"{'-' * (w + 1)}{':' if i else '-'}" for i, w in enumerate(widths)) + "|")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(report))]) + "\n"
+    return "\n".join([*lines, "", *(f"- {remark}" for remark in remarks)]) + "\n"
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -68,8 +76,8 @@ def _measures(report: Record) -> Iterator[tuple[str, Cell]]:
         for part in sorted({part for m in report["models"] for part in m["answers"]["errors"]}):
             yield f"{part} failed on", partial(_errors, part)
     if report["speed"] is not None:
-        yield "prompt, tokens/s", lambda m: _speed(m["speed"]["prompt"])
-        yield "generation, tokens/s", lambda m: _speed(m["speed"]["generation"])
+        yield "prompt, tokens/s", lambda m: speed_of(m["speed"]["prompt"])
+        yield "generation, tokens/s", lambda m: speed_of(m["speed"]["generation"])
 
 
 def _score_rows(part: str, score: Record | None, models: Sequence[Record]) -> Iterator[tuple[str, Cell]]:
@@ -117,7 +125,8 @@ def _kept(score: Record | None, first: Record | None) -> str:
     return f"{100 * score['mean'] / first['mean']:.1f} %"
 
 
-def _speed(runs: Sequence[float]) -> str:
+def speed_of(runs: Sequence[float]) -> str:
+    """The median of several runs, and the least and most."""
     return f"{statistics.median(runs):,.0f} ({min(runs):,.0f} to {max(runs):,.0f})"
 
 
@@ -160,8 +169,9 @@ def notes(report: Record) -> Iterator[str]:
 # --- the picture -----------------------------------------------------------------------------------------------------
 
 
-def draw(report: Record, path: Path) -> Path | None:
-    """Bars of size, held-out loss, grades and speed, a colour a model; None where Matplotlib is not installed."""
+def draw(report: Record, path: Path, panels: Sequence[Panel] | None = None) -> Path | None:
+    """Bars of size, held-out loss, grades and speed, or of what `panels` holds, a colour a model; None where Matplotlib is
+    not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -171,7 +181,7 @@ def draw(report: Record, path: Path) -> Path | None:
 
     models = report["models"]
     colours = [plt.get_cmap("tab10")(i % 10) for i in range(len(models))]
-    panels = list(_panels(report))
+    panels = list(_panels(report)) if panels is None else panels
     groups = {part: s["by"] for part, s in models[0].get("scores", {}).items() if s is not None and s.get("by")}
     installed = {font.name for font in font_manager.fontManager.ttflist}
     family = ["DejaVu Sans", *(name for name in _CJK if name in installed)]
@@ -199,11 +209,9 @@ def draw(report: Record, path: Path) -> Path | None:
 
 
 _LEVEL = 14  # so many labels stand side by side
-Span = tuple[float, float] | None  # a bar's whisker, from and to
 
 
-def _panels(report: Record) -> Iterator[tuple[str, list[float | None], list[Span], str]]:
-    """Title, a value and a whisker of each model, and how the value is written."""
+def _panels(report: Record) -> Iterator[Panel]:
     models = report["models"]
     without: list[Span] = [None] * len(models)
     yield "parameters, M", [m["parameters"] / 1e6 for m in models], without, ",.3g"
@@ -240,6 +248,8 @@ def _bars(
     axes.set_xticks([])
     axes.set_xlim(-0.7, len(values) - 0.3)
     axes.margins(y=0.14)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 7))
+    axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -1,6 +1,6 @@
 """What models are compared by: how likely they find held-out text, how sure a share of right answers is, how fast they are.
 
-Shapes: B rows, T tokens of the longest.
+Shapes: B rows, T tokens of the longest, N positions that are asked about, C of them at once, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from llmkit.config import MachineError
 from llmkit.inference.batch import evaluating
@@ -23,6 +24,7 @@ from llmkit.losses import IGNORE, token_logprobs
 from llmkit.model.gpt import GPT
 from llmkit.tokenizer import Tokenizer
 
+_CHUNK = 1 << 21  # logits of two models that exist at once
 _Z = 1.959963984540054  # a standard normal variable lies within +-_Z with 95 %
 
 
@@ -92,12 +94,7 @@ def likelihood(
     nats, n_tokens = 0.0, 0
     with evaluating(model), torch.no_grad():
         for batch in batches_of([row.ids for row in rows]):
-            longest = max(len(rows[i].ids) for i in batch)
-            ids_BT = torch.zeros(len(batch), longest, dtype=torch.int64)
-            labels_BT = torch.full((len(batch), longest), IGNORE, dtype=torch.int64)
-            for b, i in enumerate(batch):
-                ids_BT[b, : len(rows[i].ids)] = torch.tensor(rows[i].ids)
-                labels_BT[b, : len(rows[i].labels)] = torch.tensor(rows[i].labels)
+            ids_BT, labels_BT = _padded([rows[i] for i in batch])
             n_tokens += int((labels_BT != IGNORE).sum())
             hidden_BTD = model(ids_BT.to(device))
             logprobs_BT, _ = token_logprobs(hidden_BTD, model.head_weight, labels_BT.to(device), vocab_size=vocab_size)
@@ -106,6 +103,59 @@ def likelihood(
     if not math.isfinite(nats):
         raise MachineError("the held-out loss is not finite: the model's weights or activations overflow")
     return Likelihood(nats, n_tokens, n_bytes)
+
+
+def _padded(rows: Sequence[Scored]) -> tuple[Tensor, Tensor]:
+    """Ids and labels [B, T], padded on the right; nothing is asked for there."""
+    longest = max(len(row.ids) for row in rows)
+    ids_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
+    labels_BT = torch.full((len(rows), longest), IGNORE, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        ids_BT[b, : len(row.ids)] = torch.tensor(row.ids)
+        labels_BT[b, : len(row.labels)] = torch.tensor(row.labels)
+    return ids_BT, labels_BT
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's distributions of the next token are from those of the model it was made from."""
+
+    kl: float
+    """Mean over all tokens asked for of KL(original || model), nats."""
+    same_frac: float
+    """Of these, how often both find the same token the likeliest: 0 to 1."""
+
+
+def divergence(
+    original: GPT, model: GPT, rows: Sequence[Scored], vocab_size: int, on_rows: Callable[[int], None] = lambda n: None
+) -> Divergence:
+    """Compares two causal models of one tokenizer wherever a label is asked for.
+
+    In fp64 where the device has it: of good copies the divergence is near the rounding of fp32.
+
+    Raises:
+        MachineError: the sum is not finite.
+    """
+    device = model.head_weight.device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    n_chunk = max(1, _CHUNK // vocab_size)
+    total, n_same, n_tokens = 0.0, 0, 0
+    with evaluating(original), evaluating(model), torch.no_grad():
+        for batch in batches_of([row.ids for row in rows]):
+            ids_BT, labels_BT = _padded([rows[i] for i in batch])
+            ids_BT, asked_BT = ids_BT.to(device), (labels_BT != IGNORE).to(device)
+            hidden_ND, other_ND = original(ids_BT)[asked_BT], model(ids_BT)[asked_BT]
+            for start in range(0, len(hidden_ND), n_chunk):
+                part = slice(start, start + n_chunk)
+                logp_CV = original.logits(hidden_ND[part])[:, :vocab_size].to(wide).log_softmax(-1)
+                logq_CV = model.logits(other_ND[part])[:, :vocab_size].to(wide).log_softmax(-1)
+                total += (logp_CV.exp() * (logp_CV - logq_CV)).sum().item()
+                n_same += int((logp_CV.argmax(-1) == logq_CV.argmax(-1)).sum())
+            n_tokens += len(hidden_ND)
+            on_rows(len(batch))
+    if not math.isfinite(total):
+        raise MachineError("the divergence is not finite: a model's weights or activations overflow")
+    return Divergence(total / n_tokens, n_same / n_tokens)
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------

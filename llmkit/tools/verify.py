@@ -12,7 +12,8 @@ from llmkit.model.gpt import GPT
 from llmkit.model.heads import SequenceClassifier
 from llmkit.model.hf import read_config, read_labels
 from llmkit.model.layouts import canonical_names
-from llmkit.model.weights import checkpoint_shapes, misfits, read_tensors, shapes_of, weight_files
+from llmkit.model.quantization import stored_shapes
+from llmkit.model.weights import checkpoint_shapes, misfits, quantization_in, read_tensors, shapes_of, weight_files
 from llmkit.storage import MANIFEST, Damaged, checkpoints_of, verify
 
 
@@ -37,12 +38,18 @@ def problems_of(folder: Path) -> list[str]:
         if labels is not None:
             config = config.model_copy(update={"tie_embeddings": True})  # a classifier has no head for words
         n_params, on_disk = count_params(config).total, sum(file.stat().st_size for file in files)
-        if n_params > on_disk:  # a config.json may claim anything, so it isn't built before this is known
+        quantization = quantization_in(folder)
+        least_bits = 8 if quantization is None else quantization.bits
+        if (
+            n_params * least_bits > on_disk * 8
+        ):  # a config.json may claim anything: nothing is built before this is known
             return [f"config.json asks for {n_params} parameters, the weights are {on_disk} bytes"]
         with torch.device("meta"):
             model = GPT(config) if labels is None else SequenceClassifier(config, len(labels))
-        own = checkpoint_shapes(model)
         raw = shapes_of(files)
+        if quantization is not None:
+            return misfits(stored_shapes(model, quantization), raw) + _not_finite(folder, files)
+        own = checkpoint_shapes(model)
         found = {name: raw[old] for old, name in canonical_names(config, raw).items()}
         if config.tie_embeddings:
             found.pop("lm_head.weight", None)  # some writers repeat the tied tensor
