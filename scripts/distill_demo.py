@@ -23,7 +23,7 @@ from pathlib import Path
 from llmkit.stages import load_recipe
 from llmkit.training.log import read_lines
 
-DEMO, ALONE, FEATURES = (f"configs/distill/{name}.yaml" for name in ("demo", "demo_alone", "features"))
+DEMO, ALONE, FEATURES = (f"configs/{name}.yaml" for name in ("distill/demo", "sft/demo_alone", "distill/features"))
 RATES = ("5e-3", "1e-2", "2e-2")
 HIDDEN, RELATION = "{kind: hidden, weight: 0.5}", "{kind: relation, of: [queries, keys, values]}"
 # Of every run: its recipe, and what is changed in it.

@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 import yaml
+from posttraining import tiny_model
 from pydantic import BaseModel
 
 from llmkit import config
@@ -34,6 +35,7 @@ from llmkit.cli import main
 from llmkit.config import UserError
 from llmkit.data import sources
 from llmkit.stages import STAGES, load_recipe
+from llmkit.tokenizer import Tokenizer, TokenizerConfig
 
 SEED = int(os.environ.get("LLMKIT_FUZZ_SEED", "20240601"))
 CASES = int(os.environ.get("LLMKIT_FUZZ_CASES", "300"))
@@ -118,9 +120,14 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "distill": {
         "stage": "distill",
-        "teacher": "nowhere",
+        "teacher": "../teacher",
         "out": "out",
-        "data": {"path": "t.jsonl", "valid_frac": 0.2, "cache_dir": "cache"},
+        "data": {
+            "train": [{"path": "t.jsonl", "columns": {"prompt": "text", "completion": "text"}}],
+            "valid_frac": 0.2,
+            "cache_dir": "cache",
+            "max_dropped_frac": 1.0,
+        },
         "model": {"n_layers": 1, "n_heads": 2, "d_model": 16, "max_seq_len": 64},
         "losses": [{"kind": "soft", "weight": 1.0}, {"kind": "hidden", "layers": "last"}],
         "batch": {"examples_per_step": 4},
@@ -166,15 +173,18 @@ def command(*argv: str) -> Ended:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a small text; names that are no files are not looked up on the hub."""
-    monkeypatch.chdir(tmp_path)
+    """A working directory with a small text, beside it a teacher; names that are no files are not looked up on the hub."""
+    tiny_model(tmp_path / "teacher", Tokenizer.train([], TokenizerConfig(kind="byte")), seed=0, n_layers=1, d_model=16)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
     Path("t.jsonl").write_text("\n".join(json.dumps(r) for r in ROWS), "utf-8")
 
     def no_hub(source: Any) -> Any:
         raise UserError(f"{source.path}: no such file or folder")
 
     monkeypatch.setattr(sources, "_hub", no_hub)
-    return tmp_path
+    return work
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -254,7 +264,7 @@ def as_yaml(data: Any) -> bytes:
 
 def mutants(rng: random.Random, n: int) -> Iterator[bytes]:
     """Half by value and half by text, from the tiny recipes and the shipped ones."""
-    texts = [as_yaml(t) for t in TINY.values()] * 3 + [f.read_bytes() for f in sorted(CONFIGS.rglob("*.yaml"))]
+    texts = [as_yaml(t) for t in TINY.values()] * 4 + [f.read_bytes() for f in sorted(CONFIGS.rglob("*.yaml"))]
     for i in range(n):
         text = rng.choice(texts)
         if i % 2:

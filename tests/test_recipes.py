@@ -43,7 +43,7 @@ def test_it_plans_and_builds(file: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """The cost model's count of parameters is that of the network itself, built without memory."""
     recipe = load_recipe(file)
     monkeypatch.chdir(tmp_path)
-    old = getattr(recipe, "init_from", None)
+    old = getattr(recipe, "teacher", None) or getattr(recipe, "init_from", None)
     if old is not None:  # made by another recipe, which need not have run here
         with pytest.raises(UserError, match=f"^{old}: no such folder"):
             list(stage_module(recipe).plan(recipe))

@@ -14,7 +14,7 @@ from llmkit.data.chats import ChatRows, Chats
 from llmkit.data.loader import RowLoader, RowMaker
 from llmkit.distill.lessons import Lessons, Sources
 from llmkit.distill.on_policy import is_on_policy, own_answers, questions
-from llmkit.distill.teaching import attention_mask, load_teacher, precision_of
+from llmkit.distill.teaching import attention_mask, load_teacher, precision_of, teacher_config
 from llmkit.distill.terms import Terms, described, student_of
 from llmkit.model.files import model_files
 from llmkit.model.gpt import GPT
@@ -279,4 +279,5 @@ def prepare(recipe: DistillRecipe, part: tuple[int, int] | None = None) -> bool 
 
 def plan(recipe: DistillRecipe) -> Iterator[str]:
     """`llmkit plan`: what a run would cost, line by line."""
+    teacher_config(recipe)  # says so if it isn't there
     return plan_of(recipe)

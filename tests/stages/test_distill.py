@@ -430,9 +430,9 @@ def test_the_recipe_on_hub_models_builds_on_the_meta_device(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["demo", "features", "on_policy"])
 def test_the_demos_student_is_a_quarter(name: str) -> None:
-    """Of the demo's chat model; `demo_alone` is the same one on the same tokens."""
+    """Of the demo's chat model; `sft/demo_alone` is the same one on the same tokens."""
     folder = Path(__file__).parents[2] / "configs"
-    recipe, alone = load_recipe(folder / f"distill/{name}.yaml"), load_recipe(folder / "distill/demo_alone.yaml")
+    recipe, alone = load_recipe(folder / f"distill/{name}.yaml"), load_recipe(folder / "sft/demo_alone.yaml")
     teacher = load_recipe(folder / "pretrain/demo.yaml").model
     assert recipe.teacher == "runs/demo/sft" and alone.model is not None and teacher is not None
     sizes = []

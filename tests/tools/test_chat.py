@@ -224,7 +224,7 @@ class Terminal:
         os.close(inner)
         self.seen = ""
 
-    def until(self, text: str, seconds: float = 30) -> str:
+    def until(self, text: str, seconds: float = 90) -> str:
         """What is written up to and with a text."""
         end = time.monotonic() + seconds
         while text not in self.seen:

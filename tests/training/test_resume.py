@@ -147,10 +147,10 @@ def test_a_signal_in_an_evaluation(world: Path, fresh: Fresh, monkeypatch: pytes
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_among_the_samples(world: Path, fresh: Fresh, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """An evaluation counts as a whole: no samples without metrics, no metrics without samples."""
-    from llmkit.stages import pretrain
+    from llmkit.training import supervised
 
     recipe, run = fresh()
-    original, calls = pretrain.generate, []
+    original, calls = supervised.generate, []
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -161,7 +161,7 @@ def test_a_signal_among_the_samples(world: Path, fresh: Fresh, monkeypatch: pyte
             send()
         return result
 
-    monkeypatch.setattr(pretrain, "generate", generate)
+    monkeypatch.setattr(supervised, "generate", generate)
     assert train(recipe) == PREEMPTED
     assert train(recipe) == 0
     assert_same(run, world / "reference")
