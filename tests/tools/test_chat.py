@@ -217,7 +217,9 @@ class Terminal:
     def __init__(self, *argv: str):
         self.fd, inner = pty.openpty()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-        command = [sys.executable, "-m", "llmkit.cli", *argv]
+        # What runs the tests may ignore Ctrl-C, and a child would inherit that.
+        begin = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        command = [sys.executable, "-c", f"{begin}; from llmkit.cli import main; sys.exit(main(sys.argv[1:]))", *argv]
         self.process = subprocess.Popen(
             command, stdin=inner, stdout=inner, stderr=inner, env=env, start_new_session=True, close_fds=True
         )
