@@ -1,7 +1,7 @@
 """Matrix products in fp32 on a CPU, by whichever of PyTorch's two libraries is faster.
 
-PyTorch sends them to MKL, which on processors other than Intel's gains little from a third and a fourth thread; oneDNN,
-to which it sends bf16, gains from all of them (docs/performance.md). Small products stay where they are: oneDNN's
+PyTorch sends them to MKL, which on the AMD processor that was measured gained little from a third and a fourth thread;
+oneDNN, to which it sends bf16, gained from all of them (docs/performance.md). Small products stay where they are: oneDNN's
 start costs more than the product.
 
 Shapes: M rows, K inputs, N outputs.

@@ -20,7 +20,7 @@ from llmkit.distill.config import AttentionConfig, HiddenConfig, RelationConfig,
 from llmkit.distill.layers import Taps, layer_pairs, projection_name, projections_of
 from llmkit.distill.teaching import attention_mask
 from llmkit.losses import IGNORE, LossSum
-from llmkit.losses.distillation import DenseTeacher, SoftTerm, TopKTeacher, distillation_loss, uld_loss
+from llmkit.losses.distillation import DenseTeacher, SoftTerm, TopKTeacher, distillation_loss, rows_at_once, uld_loss
 from llmkit.losses.features import attention_loss, hidden_loss, relation_loss
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT, causal_mask
@@ -131,6 +131,7 @@ class Terms:
                 ce_weight=told_weight,
                 temperature=recipe.temperature,
                 vocab_size=self.vocab_size,
+                chunk=min(recipe.loss_chunk, rows_at_once(hidden_BTD.device, self.vocab_size)),
                 z_loss=recipe.z_loss,
                 accuracy=accuracy,
             )
@@ -197,6 +198,9 @@ class Terms:
             self.teacher.head_weight,
             vocab_size=self.vocab_size,
             teacher_vocab_size=self.teacher_vocab_size,
+            chunk=min(
+                self.recipe.loss_chunk, rows_at_once(hidden_BTD.device, max(self.vocab_size, self.teacher_vocab_size))
+            ),
         ).total
 
 

@@ -113,7 +113,7 @@ def distillation_loss(
     _check(len(labels_N), len(weight_VD), teacher, soft, vocab_size)
     asked = bool(soft or ce_weight or z_loss)
     train = asked and torch.is_grad_enabled() and (hidden.requires_grad or weight_VD.requires_grad)
-    chunk = chunk or _rows_at_once(hidden.device, vocab_size)
+    chunk = chunk or rows_at_once(hidden.device, vocab_size)
     plan = _Plan(tuple(soft), ce_weight, temperature, vocab_size, chunk, z_loss, accuracy, train)
     if len(set(plan.names)) < len(plan.names) or "loss" in plan.names:
         raise ValueError(f"the parts of a loss need names of their own, not: loss, {', '.join(plan.names)}")
@@ -131,7 +131,7 @@ def _zero(like: Tensor) -> Tensor:
     return torch.zeros((), dtype=_wide(like) if like.device.type == "mps" else torch.float64, device=like.device)
 
 
-def _rows_at_once(device: torch.device, vocab: int) -> int:
+def rows_at_once(device: torch.device, vocab: int) -> int:
     gpu = device.type == "cuda"
     least, most = _ROWS_GPU if gpu else _ROWS
     return min(most, max(least, (_CHUNK_GPU if gpu else _CHUNK) // vocab))
@@ -379,7 +379,7 @@ def uld_loss(
             raise ValueError(f"the {side}'s output embedding has {len(weight)} rows, for {size} tokens")
     if len(hidden_MD) != len(teacher_hidden_MD):
         raise ValueError(f"the teacher speaks of {len(teacher_hidden_MD)} positions, the student of {len(hidden_MD)}")
-    chunk = chunk or _rows_at_once(hidden_MD.device, max(vocab_size, teacher_vocab_size))
+    chunk = chunk or rows_at_once(hidden_MD.device, max(vocab_size, teacher_vocab_size))
     train = torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad)
     sizes = (vocab_size, teacher_vocab_size)
     total = _Uld.apply(

@@ -16,6 +16,7 @@ from llmkit.distill.lessons import Lessons, Sources
 from llmkit.distill.on_policy import is_on_policy, own_answers, questions
 from llmkit.distill.teaching import attention_mask, load_teacher, precision_of, teacher_config
 from llmkit.distill.terms import Terms, described, student_of
+from llmkit.model.config import count_params
 from llmkit.model.files import model_files
 from llmkit.model.gpt import GPT
 from llmkit.model.heads import Distilled
@@ -24,7 +25,7 @@ from llmkit.plan import flops_per_token, require_memory
 from llmkit.rollout.answers import AnswerEval
 from llmkit.stages.recipes import DistillRecipe
 from llmkit.training.dist import Ranks, pick_device
-from llmkit.training.engine import Engine, LossFn, Metrics, seed_of
+from llmkit.training.engine import PRECISIONS, Engine, LossFn, Metrics, seed_of
 from llmkit.training.loop import Context, Outcome, Stop, Task, train
 from llmkit.training.setup import (
     cost,
@@ -278,6 +279,8 @@ def prepare(recipe: DistillRecipe, part: tuple[int, int] | None = None) -> bool 
 
 
 def plan(recipe: DistillRecipe) -> Iterator[str]:
-    """`llmkit plan`: what a run would cost, line by line."""
-    teacher_config(recipe)  # says so if it isn't there
-    return plan_of(recipe)
+    """`llmkit plan`: what a run would cost, line by line; the teacher's share first, since the rest is the student's."""
+    n, precision = count_params(teacher_config(recipe)).total, precision_of(recipe)
+    told = "asked before training, and not held then" if recipe.cache is not None else "held beside what follows"
+    yield f"teacher    {n / 1e6:.2f} M parameters, {n * PRECISIONS[precision].itemsize / 1e6:.0f} MB in {precision}; {told}"
+    yield from plan_of(recipe)

@@ -24,6 +24,7 @@ from test_objectives import Quiet
 from llmkit.cli import main
 from llmkit.config import UserError
 from llmkit.data.cache import ContentHashes
+from llmkit.distill import terms
 from llmkit.distill.lessons import Lessons
 from llmkit.distill.on_policy import is_on_policy, last_answer
 from llmkit.distill.terms import Terms
@@ -304,6 +305,27 @@ def test_other_settings_run(world: Path, changes: dict[str, Any]) -> None:
     assert train(distill(world, name, **given)) == 0
     steps = metrics(world / name)[0]
     assert steps[-1]["train/loss"] < steps[0]["train/loss"]
+
+
+def test_the_recipes_chunk_bounds_the_loss(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`loss_chunk` positions have logits at once, never more."""
+    seen, real = [], terms.distillation_loss
+
+    def watched(*args: Any, chunk: int, **more: Any) -> Any:
+        seen.append(chunk)
+        return real(*args, chunk=chunk, **more)
+
+    monkeypatch.setattr(terms, "distillation_loss", watched)
+    assert train(distill(world, "chunk", loss_chunk=3, steps=1)) == 0
+    assert set(seen) == {3}
+
+
+def test_the_plan_tells_of_the_teacher(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights are memory too; a cache spares it."""
+    assert main(["plan", str(distill(world, "plan"))]) == 0
+    assert "teacher    0.02 M parameters, 0 MB in fp32; held beside" in capsys.readouterr().out
+    assert main(["plan", str(distill(world, "plan", cache={}))]) == 0
+    assert "not held then" in capsys.readouterr().out
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
