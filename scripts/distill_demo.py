@@ -69,7 +69,7 @@ def show(seeds: Sequence[int], root: Path, names: Sequence[str]) -> bool:
     rates = [name for name in names if name.startswith("alone-")]
     if rates:
         found["alone, its best rate"] = [max(found[name][i] for name in rates) for i in range(len(seeds))]
-    print(f"\nteacher: {100 * teacher:.1f} % exact\n\n{'':22s} exact % (range)      kept %'s")
+    print(f"\nteacher: {100 * teacher:.1f} % exact\n\n{'':22s} exact % (range)      kept %")
     for name, scores in found.items():
         mean = statistics.mean(scores)
         low, high = 100 * min(scores), 100 * max(scores)
