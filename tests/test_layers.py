@@ -47,6 +47,7 @@ FLOORS: list[tuple[str, ...]] = [
     ),
     ("stages",),
     ("pipeline", "tools", "serving"),
+    ("commands",),
     ("cli",),
 ]
 HEAVY = ("torch", "datasets", "pyarrow", "pandas", "transformers", "matplotlib", "tensorboard", "tqdm.auto")
