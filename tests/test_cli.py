@@ -18,8 +18,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from llmkit import cli
 from llmkit.cli import EXIT_CODES, build_parser, main
+from llmkit.commands import recipes
 from llmkit.config import MachineError, TrainingStopped, UserError
 from llmkit.inference.generate import generate
 from llmkit.model.weights import load_model
@@ -142,7 +142,7 @@ def test_errors_become_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatc
         def fail(_: Any) -> int:
             raise error
 
-        monkeypatch.setattr(cli, "_schema", fail)
+        monkeypatch.setattr(recipes, "_schema", fail)
         return said(capsys, "schema")
 
     assert ending(UserError("mend it")) == (2, "", "error: mend it\n")
