@@ -11,7 +11,7 @@ setup: $(VENV)/.stamp-$(EXTRAS)
 
 $(VENV)/.stamp-$(EXTRAS): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PY) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[$(EXTRAS)]'  # Python compiles what is used
 	touch $@
 
 demo: setup
