@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
     quantize.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
     quantize.add_argument("out", help="the folder to write")
     quantize.add_argument("--bits", type=int, choices=(8, 4), required=True)
+    quantize.add_argument("--dynamic", action="store_true", help="8 bits: inputs are rounded as well, as they come")
     quantize.add_argument("--group", type=int, metavar="N", help="4 bits: weights that share a scale; default: 32")
     quantize.add_argument(
         "--calibrate", metavar="FILE", help="4 bits: texts or conversations on which the products are to stay (GPTQ)"

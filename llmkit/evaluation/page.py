@@ -13,18 +13,24 @@ MAX_SHOWN = 200  # questions of a task on the page; all of them are in items/
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-table{border-collapse:collapse}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{position:relative;width:16rem;height:.8rem;background:#eee}
+h1{overflow-wrap:anywhere}.wide{overflow-x:auto}table{border-collapse:collapse}
+td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}ul{padding-left:1.2rem}
+td.n{text-align:right;font-variant-numeric:tabular-nums}
+.bar{position:relative;width:min(16rem,40vw);height:.8rem;background:#eee}
 .bar i,.bar b,.bar u{position:absolute;top:0;height:100%}.bar i{left:0;background:#47a}
 .bar b{background:#0006;height:30%;top:35%}
 .bar u{width:2px;background:#c44}details{border-bottom:1px solid #eee;padding:.2rem 0}summary{cursor:pointer}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.6rem;margin:.3rem 0}
-.right{color:#186a2b}.wrong{color:#a22}.none{color:#777}button{margin-right:.4rem}
+.right>summary{color:#186a2b}.wrong>summary{color:#a22}.none>summary{color:#666}
+button{margin-right:.4rem;padding:.2rem .7rem}button[aria-pressed=true]{font-weight:bold}details p{margin:.5rem 0 0}
+@media(max-width:40rem){td,th{padding:.25rem .4rem}}
 @media(prefers-color-scheme:dark){body{background:#181a1c;color:#ddd}pre{background:#24272a}.bar{background:#333}
-td,th,details{border-color:#3a3d40}.right{color:#6c8}.wrong{color:#e88}.bar b{background:#fff8}}
+td,th,details{border-color:#3a3d40}.right>summary{color:#6c8}.wrong>summary{color:#e88}.none>summary{color:#aaa}
+.bar b{background:#fff8}}
 """
 _SCRIPT = """
 for(const b of document.querySelectorAll('button'))b.onclick=()=>{
+for(const o of b.parentNode.children)o.setAttribute('aria-pressed',o===b)
 for(const d of b.closest('section').querySelectorAll('details[class]'))
 d.hidden=b.dataset.show!=='all'&&d.className!==b.dataset.show}
 """
@@ -121,12 +127,12 @@ def page(report: Record, items: dict[str, list[Record]]) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{e(report['name'])}</title><style>{_STYLE}</style><h1>{e(report['name'])}</h1>",
-        "<table><tr><th>task<th>n<th>figure<th>score, %<th>95 %<th>chance, %<th>",
+        "<div class=wide><table><tr><th>task<th>n<th>figure<th>score, %<th>95 %<th>chance, %<th>",
     ]
     for row, mean, chance in zip(_rows(report), _means(report), _chances(report), strict=True):
         cells = "".join(f"<td{'' if i in (0, 2) else ' class=n'}>{e(text)}" for i, text in enumerate(row))
         parts.append(f"<tr>{cells}<td>{_bar(mean, chance)}")
-    parts.append("</table><ul>" + "".join(f"<li>{e(note)}" for note in notes(report)) + "</ul>")
+    parts.append("</table></div><ul>" + "".join(f"<li>{e(note)}" for note in notes(report)) + "</ul>")
     for task in report["tasks"]:
         parts += _section(task, items.get(task["name"], []))
     parts.append(f"<script>{_SCRIPT}</script></html>")
@@ -157,12 +163,15 @@ def _section(task: Record, items: Sequence[Record]) -> Iterator[str]:
     e, main = html.escape, next(iter(task["metrics"]))
     yield f"<section><h2>{e(task['name'])}</h2>"
     if len(task["groups"]) > 1:
-        yield f"<details><summary>{len(task['groups'])} groups</summary><table>"
+        yield f"<details><summary>{len(task['groups'])} groups</summary><div class=wide><table>"
         for name, mean in task["groups"].items():
             score, span = told(mean)
             yield f"<tr><td>{e(name) or '-'}<td class=n>{mean['n'] if mean else 0:,}<td class=n>{score}<td class=n>{span}"
-        yield "</table></details>"
-    yield "<p>" + "".join(f"<button data-show={show}>{show}</button>" for show in ("all", "right", "wrong")) + "</p>"
+        yield "</table></div></details>"
+    yield "<p>"
+    for show in ("all", "right", "wrong"):
+        yield f"<button data-show={show} aria-pressed={str(show == 'all').lower()}>{show}</button>"
+    yield "</p>"
     for number, item in enumerate(items[:MAX_SHOWN], 1):
         grade = item.get(main)
         kind = "none" if grade is None else "right" if grade == 1 else "wrong"

@@ -78,12 +78,14 @@ def _asked(args: argparse.Namespace) -> Quantization:
                 raise UserError(
                     f"--{name} {getattr(args, name)}: is for --bits 4: 8 bits have a scale a row: leave it out"
                 )
+    if args.bits == 4 and args.dynamic:
+        raise UserError("--dynamic: is for --bits 8: 4 bits are computed with as floating-point numbers: leave it out")
     group = GROUP if args.group is None else args.group
     if not 2 <= group <= MAX_GROUP or group % 2:
         raise UserError(f"--group {group}: an even number from 2 to {MAX_GROUP} is expected: 32, 64 or 128 are usual")
     if args.field is not None and args.calibrate is None:
         raise UserError(f"--field {args.field}: says where the text of --calibrate stands: name its file too")
-    return Quantization(args.bits, group)
+    return Quantization(args.bits, group, args.dynamic)
 
 
 # --- texts of calibration --------------------------------------------------------------------------------------------

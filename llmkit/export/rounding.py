@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmkit.config import UserError
-from llmkit.model.quantization import Quantization, QuantizedWeight, groups_of, pack
+from llmkit.model.coded import pack
+from llmkit.model.quantization import Quantization, QuantizedWeight, groups_of
 
 _LEVELS = 15  # the largest code of 4 bits
 # Shares of a group's range that its codes first cover: a narrower one rounds the many more finely, and cuts the few.
@@ -26,7 +27,7 @@ def quantize_weight(W_NK: Tensor, quantization: Quantization, hessian_KK: Tensor
 
     Args:
         W_NK: finite numbers.
-        quantization: how many bits, and for how many weights a scale.
+        quantization: how many bits, for how many weights a scale, and how products with it are to be computed.
         hessian_KK: sum of x x^T over the inputs that the matrix is used on. With it, the error is that of its products
             (`round_by_products`), without that of its weights; in 8 bits it makes no difference worth the work.
 
@@ -37,7 +38,7 @@ def quantize_weight(W_NK: Tensor, quantization: Quantization, hessian_KK: Tensor
     if not W.isfinite().all():
         raise UserError("the weights are not finite: look at the model with `llmkit verify`")
     if quantization.bits == 8:
-        return QuantizedWeight(*_round_rows(W), None, W.shape[1], W_NK.dtype)
+        return QuantizedWeight(*_round_rows(W), None, W.shape[1], W_NK.dtype, quantization.dynamic)
     small, large = _FP16
     dtype = torch.float16 if small <= W.abs().max() <= large else torch.float32
     G, g = groups_of(W.shape[1], quantization.group)

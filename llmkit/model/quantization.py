@@ -11,9 +11,8 @@ Shapes: N rows (outputs, or tokens), K columns, G groups of a row, M rows of inp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +21,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from llmkit.config import UserError
-from llmkit.products import linear
+from llmkit.model.coded import (
+    FEW_TILED,
+    dense_of,
+    dynamic_product,
+    int4_product,
+    int8_product,
+    tiled_product,
+    tiled_works,
+    tiles_of,
+)
 
 KEY = "quantization_config"  # of config.json: other readers look there, and refuse a method that they don't know
 METHOD = "llmkit"
@@ -34,7 +42,6 @@ MAX_GROUP = 1 << 16
 _KEPT = (".mlp.gate.weight", ".shared_expert_gate.weight")
 # The parts of a quantised matrix, as they are called on disk behind its name.
 _CODES, _SCALES, _LOWS = ".codes", ".scales", ".lows"
-_BLOCK = 1 << 20  # weights that are unpacked at once: a few megabytes, which stay in the cache until they are used
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,20 @@ class Quantization:
     """8 or 4."""
     group: int = GROUP
     """Weights that share a scale; of 4 bits only."""
+    dynamic: bool = False
+    """Whether what a matrix is multiplied with is rounded to 8 bits as well, row by row as it comes; of 8 bits only."""
 
     def to_json(self) -> dict[str, Any]:
         """The section of config.json."""
-        return {"quant_method": METHOD, "bits": self.bits} | ({"group": self.group} if self.bits == 4 else {})
+        section: dict[str, Any] = {"quant_method": METHOD, "bits": self.bits}
+        if self.bits == 4:
+            return section | {"group": self.group}
+        return section | ({"dynamic": True} if self.dynamic else {})
 
     def __str__(self) -> str:
-        return "int8, a scale a row" if self.bits == 8 else f"int4 in groups of {self.group}"
+        if self.bits == 4:
+            return f"int4 in groups of {self.group}"
+        return "int8, a scale a row" + (", inputs in int8 as well" if self.dynamic else "")
 
 
 def quantization_of(hf: dict[str, Any], name: str) -> Quantization | None:
@@ -72,25 +86,13 @@ def quantization_of(hf: dict[str, Any], name: str) -> Quantization | None:
     bits, group = told.get("bits"), told.get("group", GROUP)
     if bits not in BITS or type(group) is not int or not 2 <= group <= MAX_GROUP or group % 2:
         raise UserError(f"{name}: {KEY}: bits must be 8 or 4 and group even, up to {MAX_GROUP}: got {bits} and {group}")
-    return Quantization(bits, group)
+    dynamic = told.get("dynamic", False)
+    if type(dynamic) is not bool or (dynamic and bits == 4):
+        raise UserError(f"{name}: {KEY}: dynamic must be true or false, and true with 8 bits alone: got {dynamic!r}")
+    return Quantization(bits, group, dynamic)
 
 
 # --- a matrix --------------------------------------------------------------------------------------------------------
-
-
-def pack(codes_NK: Tensor) -> Tensor:
-    """uint8 codes below 16 [N, K], K even, as two a byte [N, K / 2]: a row's first half in the low bits, its second in the
-    high ones, so that each half is unpacked as one run."""
-    low, high = codes_NK.chunk(2, dim=1)
-    return low | (high << 4)
-
-
-def unpack(packed: Tensor, out_NK: Tensor) -> Tensor:
-    """The codes less 8, which are exact in every floating-point dtype, into given memory."""
-    h = packed.shape[1]
-    out_NK[:, :h] = ((packed & 15) - 8).view(torch.int8)
-    out_NK[:, h:] = ((packed >> 4) - 8).view(torch.int8)
-    return out_NK
 
 
 def groups_of(n_columns: int, group: int) -> tuple[int, int]:
@@ -112,25 +114,32 @@ class QuantizedWeight(Tensor):
     """fp32 [N], or [N, G] in fp16, or in fp32 where fp16 can't hold them."""
     lows: Tensor | None
     """The value of code 0 [N, G], in the dtype of the scales; None in 8 bits."""
+    dynamic: bool
+    """Whether products round their input as well (`coded.dynamic_product`); in 8 bits only."""
     tiles: tuple[Tensor, Tensor] | None
     """See `tiles_of`; made when they are first used."""
 
     @staticmethod
     def __new__(
-        cls, codes: Tensor, scales: Tensor, lows: Tensor | None, n_columns: int, dtype: torch.dtype
-    ) -> QuantizedWeight:
+        cls, codes: Tensor, scales: Tensor, lows: Tensor | None, n_columns: int, dtype: torch.dtype,
+        dynamic: bool = False,
+    ) -> QuantizedWeight:  # fmt: skip
         shape = (codes.shape[0], n_columns)
         weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
-        weight.codes, weight.scales, weight.lows, weight.tiles = codes, scales, lows, None
+        weight.codes, weight.scales, weight.lows, weight.dynamic, weight.tiles = codes, scales, lows, dynamic, None
         return weight
 
-    def __init__(self, codes: Tensor, scales: Tensor, lows: Tensor | None, n_columns: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, codes: Tensor, scales: Tensor, lows: Tensor | None, n_columns: int, dtype: torch.dtype,
+        dynamic: bool = False,
+    ) -> None:  # fmt: skip
         """Holds what it is given, without a copy.
 
         Args:
             codes: this and the next two as in the class's fields.
             n_columns: K, which may be less than the codes that are held.
             dtype: what it is computed in.
+            dynamic: as in the class's fields.
         """
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -138,12 +147,12 @@ class QuantizedWeight(Tensor):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [N, K]; made in fp32 or better, then rounded."""
-        return _dense(self.codes, self.scales, self.lows, self.shape[1]).to(dtype or self.dtype)
+        return dense_of(self.codes, self.scales, self.lows, self.shape[1]).to(dtype or self.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Some rows of the matrix, [..., K] for ids [...]: what an embedding looks up."""
         at, lows = ids.reshape(-1), self.lows
-        found = _dense(self.codes[at], self.scales[at], None if lows is None else lows[at], self.shape[1])
+        found = dense_of(self.codes[at], self.scales[at], None if lows is None else lows[at], self.shape[1])
         return found.to(self.dtype).view(*ids.shape, -1)
 
     def product(self, x: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -152,10 +161,10 @@ class QuantizedWeight(Tensor):
         if x.requires_grad and torch.is_grad_enabled():
             out_MN = F.linear(x_MK, self.dense(x.dtype))
         elif self.lows is None:
-            out_MN = int8_product(x_MK, self.codes, self.scales)
+            out_MN = (dynamic_product if self.dynamic else int8_product)(x_MK, self.codes, self.scales)
         elif self._is_tiled_for(x_MK):
             self.tiles = tiles_of(self.codes, self.scales, self.lows) if self.tiles is None else self.tiles
-            out_MN = _tiled_product(x_MK, self.scales.shape[1], *self.tiles)
+            out_MN = tiled_product(x_MK, self.scales.shape[1], *self.tiles)
         else:
             out_MN = int4_product(x_MK, self.codes, self.scales, self.lows)
         out = out_MN.view(*x.shape[:-1], self.shape[0])
@@ -166,22 +175,23 @@ class QuantizedWeight(Tensor):
         live long enough for tiles to pay."""
         if not isinstance(self, nn.Parameter):
             return False
-        few = 0 < len(x_MK) <= _FEW_TILED and x_MK.dtype == torch.bfloat16 and self.codes.is_cpu
+        few = 0 < len(x_MK) <= FEW_TILED and x_MK.dtype == torch.bfloat16 and self.codes.is_cpu
         whole = self.shape[0] % 16 == 0 and self.shape[1] == 2 * self.codes.shape[1]
-        return few and whole and _tiled_works(self.shape[1] // self.scales.shape[1])
+        return few and whole and tiled_works(self.shape[1] // self.scales.shape[1])
 
     def _with(self, part: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QuantizedWeight:
         """The same of other parts: rows of them, or copies."""
         lows = None if self.lows is None else part(self.lows)
-        return QuantizedWeight(part(self.codes), part(self.scales), lows, self.shape[1], dtype or self.dtype)
+        dtype = dtype or self.dtype
+        return QuantizedWeight(part(self.codes), part(self.scales), lows, self.shape[1], dtype, self.dynamic)
 
     # What PyTorch asks of a tensor that holds others: with it `module.to(...)` exchanges the parameter as a whole.
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, torch.dtype]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[int, torch.dtype, bool]]:
         names = ["codes", "scales"] + ([] if self.lows is None else ["lows"])
-        return names, (self.shape[1], self.dtype)
+        return names, (self.shape[1], self.dtype, self.dynamic)
 
     @staticmethod
-    def __tensor_unflatten__(parts: dict[str, Tensor], told: tuple[int, torch.dtype], *_: Any) -> QuantizedWeight:
+    def __tensor_unflatten__(parts: dict[str, Tensor], told: tuple[int, torch.dtype, bool], *_: Any) -> QuantizedWeight:
         return QuantizedWeight(parts["codes"], parts["scales"], parts.get("lows"), *told)
 
     @classmethod
@@ -227,142 +237,6 @@ class QuantizedWeight(Tensor):
                 raise UserError("the model's weights are quantised: nothing can be written into them")
         plain_args, plain_kwargs = tree_map(lambda t: t.dense() if isinstance(t, cls) else t, (args, kwargs))
         return func(*plain_args, **plain_kwargs)
-
-
-def _dense(codes: Tensor, scales: Tensor, lows: Tensor | None, n_columns: int) -> Tensor:
-    """Rows of a matrix in fp32, [N, K]."""
-    if lows is None:
-        return codes.float() * scales[:, None]
-    n_rows, G = scales.shape
-    values_NK = unpack(codes, torch.empty(n_rows, 2 * codes.shape[1], device=codes.device))
-    values_NGg = values_NK.view(n_rows, G, -1)
-    values_NGg.mul_(scales.float()[..., None]).add_(_middles(scales, lows)[..., None])
-    return values_NK[:, :n_columns]
-
-
-def _middles(scales: Tensor, lows: Tensor) -> Tensor:
-    """The value of code 8 of each group, fp32."""
-    return lows.float() + 8 * scales.float()
-
-
-# --- products --------------------------------------------------------------------------------------------------------
-
-
-def int8_product(x_MK: Tensor, codes_NK: Tensor, scales_N: Tensor) -> Tensor:
-    """x (s c)^T, [M, N], for int8 codes.
-
-    Of a few rows on a CPU from the codes as they lie, a quarter of the bytes of fp32 weights: in bf16 by PyTorch's packed
-    product, in fp32, where that is slow, by whole numbers. Of many rows from the codes in x's dtype.
-    """
-    few = 0 < len(x_MK) <= _FEW_ROWS.get(x_MK.dtype, 0) and codes_NK.device.type == "cpu"
-    if few and codes_NK.shape[1] % 32 == 0 and _fast_works(x_MK.dtype):
-        return _FAST[x_MK.dtype](x_MK, codes_NK, scales_N)
-    out_MN = x_MK.new_empty(len(x_MK), len(codes_NK))
-    for rows, block in _blocks(codes_NK, codes_NK.shape[1], x_MK.dtype):
-        # Codes up to 127 are exact in every floating-point dtype; the scales are put on what comes out.
-        out_MN[:, rows] = linear(x_MK, block.copy_(codes_NK[rows])) * scales_N[rows]
-    return out_MN
-
-
-def int4_product(x_MK: Tensor, packed: Tensor, scales_NG: Tensor, lows_NG: Tensor) -> Tensor:
-    """x W^T, [M, N], for w = s c + low, a block of rows after the other, so that the whole matrix is never unpacked.
-
-    The part of a group's middle value, which is the same for all its weights, is put on what comes out: it takes the sum
-    of the group's inputs alone.
-    """
-    G = scales_NG.shape[1]
-    x_MK = F.pad(x_MK, (0, 2 * packed.shape[1] - x_MK.shape[1]))
-    sums_MG = x_MK.unflatten(1, (G, x_MK.shape[1] // G)).sum(-1, dtype=torch.float32)
-    out_MN = F.linear(sums_MG, _middles(scales_NG, lows_NG)).to(x_MK.dtype)
-    for rows, block in _blocks(packed, x_MK.shape[1], torch.float32):  # in bf16 the scaling is several times slower
-        unpack(packed[rows], block).view(len(block), G, -1).mul_(scales_NG[rows, :, None].float())
-        out_MN[:, rows] += linear(x_MK, block.to(x_MK.dtype))
-    return out_MN
-
-
-def tiles_of(packed: Tensor, scales_NG: Tensor, lows_NG: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix of 4 bits as PyTorch's product on a CPU wants it: its own order of codes, [N, K / 2], and bf16 scales and
-    middles [G, N, 2]. The codes are so held twice, which is still less than 8 bits take."""
-    codes_NK = unpack(packed, torch.empty(len(packed), 2 * packed.shape[1])) + 8
-    lines = torch.stack((scales_NG.float(), _middles(scales_NG, lows_NG)), -1).transpose(0, 1)
-    return torch._convert_weight_to_int4pack_for_cpu(codes_NK.to(torch.int32), 1), lines.bfloat16().contiguous()
-
-
-def _tiled_product(x_MK: Tensor, G: int, tiles: Tensor, lines_GN2: Tensor) -> Tensor:
-    return torch._weight_int4pack_mm_for_cpu(x_MK.contiguous(), tiles, x_MK.shape[1] // G, lines_GN2)
-
-
-@cache
-def _tiled_works(group: int) -> bool:
-    """Whether this PyTorch has that product for groups of a size, and it gives what ours does."""
-    generator = torch.Generator().manual_seed(0)
-    for M, N, G in ((1, 16, 2), (3, 80, 1), (_FEW_TILED, 64, 3)):
-        x_MK = torch.randn(M, G * group, generator=generator).bfloat16()
-        packed = torch.randint(0, 256, (N, G * group // 2), generator=generator, dtype=torch.uint8)
-        scales_NG = torch.rand(N, G, generator=generator) + 0.5
-        lows_NG = -15 * torch.rand(N, G, generator=generator)
-        want_MN = int4_product(x_MK.float(), packed, scales_NG, lows_NG)
-        try:
-            found_MN = _tiled_product(x_MK, G, *tiles_of(packed, scales_NG, lows_NG)).float()
-        except (AttributeError, RuntimeError):
-            return False
-        if not (found_MN - want_MN).norm() <= 1e-2 * want_MN.norm():
-            return False
-    return True
-
-
-def _blocks(codes: Tensor, n_columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of codes, some after the others, each with memory for them unpacked, [rows, K]. It is one piece of memory for
-    all: fresh pages would cost more than the arithmetic."""
-    step = min(len(codes), max(1, _BLOCK // n_columns))
-    memory = torch.empty(step, n_columns, dtype=dtype, device=codes.device)
-    for first in range(0, len(codes), step):
-        rows = slice(first, min(first + step, len(codes)))
-        yield rows, memory[: rows.stop - first]
-
-
-def _packed_product(x_MK: Tensor, codes_NK: Tensor, scales_N: Tensor) -> Tensor:
-    return torch._weight_int8pack_mm(x_MK.contiguous(), codes_NK.contiguous(), scales_N.to(x_MK.dtype))
-
-
-def _whole_number_product(x_MK: Tensor, codes_NK: Tensor, scales_N: Tensor) -> Tensor:
-    """In fp32: a row of x is two rows of digits to the base 254, and a product of int8 matrices sums exactly.
-
-    A row is so known to 1 / 32,000 of its largest number, finer than bf16 knows it and 100 times finer than the weights.
-    """
-    M = len(x_MK)
-    unit_M1 = x_MK.abs().amax(1, keepdim=True) / 127
-    digits_MK = x_MK / unit_M1.where(unit_M1 > 0, 1.0)
-    first_MK = digits_MK.round()
-    second_MK = ((digits_MK - first_MK) * 254).round_()
-    both = torch.cat((first_MK, second_MK)).to(torch.int8)
-    sums = torch._int_mm(both, codes_NK.t())
-    return (sums[:M] + sums[M:] / 254.0) * unit_M1 * scales_N
-
-
-_FAST = {torch.bfloat16: _packed_product, torch.float32: _whole_number_product}
-_FEW_TILED = 16  # rows, up to which PyTorch's product in 4 bits is faster than ours
-_FEW_ROWS = {torch.bfloat16: 4, torch.float32: 16}  # of input, up to which they are faster than the plain product
-
-
-@cache
-def _fast_works(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has the fast product, and it gives what the plain one does."""
-    if dtype == torch.float32 and not torch.backends.mkldnn.is_available():
-        return False  # it would be there, as a plain loop
-    generator = torch.Generator().manual_seed(0)
-    for M, N, K in ((1, 33, 64), (3, 70, 96), (4, 16, 32)):
-        x_MK = torch.randn(M, K, generator=generator).to(dtype)
-        codes_NK = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8)
-        scales_N = torch.rand(N, generator=generator) + 0.5
-        want_MN = F.linear(x_MK.float(), codes_NK * scales_N[:, None])
-        try:
-            found_MN = _FAST[dtype](x_MK, codes_NK, scales_N).float()
-        except (AttributeError, RuntimeError):
-            return False
-        if not (found_MN - want_MN).norm() <= (1e-4 if dtype == torch.float32 else 1e-2) * want_MN.norm():
-            return False
-    return True
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------
@@ -421,14 +295,15 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fill(
-    model: nn.Module, stored: Iterable[tuple[str, Tensor]], where: str, dtype: torch.dtype | None,
-    device: torch.device | str,
+    model: nn.Module, stored: Iterable[tuple[str, Tensor]], quantization: Quantization, where: str,
+    dtype: torch.dtype | None, device: torch.device | str,
 ) -> None:  # fmt: skip
     """Gives a model without memory its parameters from what its files hold, whose names and shapes are known to fit.
 
     Args:
         model: on the meta device.
         stored: names and tensors; copied, since a file may be replaced while the model is used (B116).
+        quantization: how they are held.
         where: the folder, for errors.
         dtype: what is computed in. Default: that of the final norm.
         device: where the parameters live.
@@ -451,7 +326,7 @@ def fill(
         )
         if lows is not None:
             _check_dtype(where, name + _LOWS, lows, (scales.dtype,))
-        set_weight(model, name, QuantizedWeight(codes, scales, lows, p.shape[1], dtype))
+        set_weight(model, name, QuantizedWeight(codes, scales, lows, p.shape[1], dtype, quantization.dynamic))
 
 
 def _check_dtype(where: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -265,7 +265,8 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, device: torch.dev
     """
     config = read_config(folder)
     if (labels := read_labels(folder)) is not None:
-        raise UserError(f"{folder}: scores whole texts ({', '.join(labels[:5])}): it holds no language model")
+        can = ": `llmkit score` asks it for scores" if len(labels) == 1 else ""
+        raise UserError(f"{folder}: scores whole texts ({', '.join(labels[:5])}): it holds no language model{can}")
     files, quantization = weight_files(folder), quantization_in(folder)
     _check_size(folder, config, files, 8 if quantization is None else quantization.bits)
     with torch.device("meta"):
@@ -334,4 +335,5 @@ def _load_quantized(
     """Gives a model without memory the codes and scales of a quantised folder, if all of them are there and fit."""
     if wrong := misfits(stored_shapes(model, quantization), shapes_of(files)):
         raise UserError("\n".join(f"{folder}: {line}" for line in wrong))
-    fill(model, (pair for file in files for pair in read_tensors(file)), str(folder), dtype, device)
+    stored = (pair for file in files for pair in read_tensors(file))
+    fill(model, stored, quantization, str(folder), dtype, device)

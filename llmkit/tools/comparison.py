@@ -209,6 +209,7 @@ def draw(report: Record, path: Path, panels: Sequence[Panel] | None = None) -> P
 
 
 _LEVEL = 14  # so many labels stand side by side
+_FAR = 50  # times as large: from there on a scale is logarithmic, or the small ones would be no bars
 
 
 def _panels(report: Record) -> Iterator[Panel]:
@@ -248,7 +249,12 @@ def _bars(
     axes.set_xticks([])
     axes.set_xlim(-0.7, len(values) - 0.3)
     axes.margins(y=0.14)
-    axes.ticklabel_format(axis="y", scilimits=(-2, 7))
+    there = [value for value in values if value is not None]
+    if there and 0 < min(there) < max(there) / _FAR:
+        axes.set_yscale("log")  # with room below the smallest, so that it is a bar too
+        axes.set_ylim(min(there) / 3, max(there) * 2)
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-2, 7))
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -436,18 +436,23 @@ def test_a_quantised_folder_is_refused(tmp_path, capsys):
 # --- llama.cpp itself ------------------------------------------------------------------------------------------------
 
 
+def in_llama_cpp(file: Path, **options):
+    """A file in llama.cpp. Its cache would hold keys and values in fp16, which is too coarse to compare with."""
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed: nothing was run by llama.cpp"
+    )
+    return llama_cpp.Llama(
+        str(file), n_ctx=64, n_threads=1, type_k=0, type_v=0, flash_attn=False, verbose=False, **options
+    )
+
+
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_says_the_same(tmp_path, family, kind):
     """Greedy tokens, and ids of 1,000 random strings."""
-    llama_cpp = pytest.importorskip(
-        "llama_cpp", reason="llama-cpp-python is not installed: nothing was run by llama.cpp"
-    )
     folder = write_model(tmp_path / "m", n_layers=2, **FAMILIES[family])
     exported(folder, kind)
-    llama = llama_cpp.Llama(
-        str(tmp_path / f"m-{kind}.gguf"), n_ctx=64, n_threads=1, type_k=0, type_v=0, flash_attn=False, verbose=False
-    )
+    llama = in_llama_cpp(tmp_path / f"m-{kind}.gguf")
     prompt, want = BPE.encode("The mill 从前"), []
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=12)
     (ours,) = generate(load_model(folder), [prompt], sampling, tokenizer=BPE)
@@ -458,3 +463,56 @@ def test_llama_cpp_says_the_same(tmp_path, family, kind):
     assert want == list(ours.ids)
     for text in random_texts(1000):
         assert llama.tokenize(text.encode(), add_bos=False, special=False) == BPE.encode(text)
+
+
+@pytest.mark.parametrize("name", ["bytes", "qwen2", "gpt-2", "smaug-bpe"])
+def test_llama_cpp_cuts_text_the_same(tmp_path, name):
+    """Every other way to cut, by the regexes that its names stand for there."""
+    size = BPE.vocab_size + (name == "smaug-bpe")
+    folder = write_model(tmp_path / "m", BYTES if name == "bytes" else BPE, n_layers=1, vocab_size=-(-size // 64) * 64)
+    if name == "smaug-bpe":
+        change_tokenizer(folder, lambda spec: spec["model"]["vocab"].update(zqzq=size - 1))
+    elif name != "bytes":
+        change_tokenizer(folder, {"qwen2": digits, "gpt-2": gpt2}[name])
+    keys, tokenizer = fields(exported(folder)), Tokenizer.load(folder)
+    assert keys["tokenizer.ggml.pre"] == ("llama-bpe" if name == "bytes" else name)
+    llama = in_llama_cpp(tmp_path / "m-f32.gguf", vocab_only=True)
+    for text in [*random_texts(1000), "zqzq zqzq, 12345 zq"]:
+        assert llama.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text), text
+
+
+def test_llama_cpp_reads_a_conversation_the_same(tmp_path):
+    """The text of the chat template, its control tokens included."""
+    llama_chat = pytest.importorskip(
+        "llama_cpp.llama_chat_format", reason="llama-cpp-python is not installed: nothing was run by llama.cpp"
+    )
+    folder = write_model(tmp_path / "m", n_layers=1)
+    keys = fields(exported(folder))
+    llama = in_llama_cpp(tmp_path / "m-f32.gguf", vocab_only=True)
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "从前 the mill?"},
+        {"role": "assistant", "content": "好 waits."},
+        {"role": "user", "content": "12345"},
+    ]
+    render = llama_chat.Jinja2ChatFormatter(
+        template=keys["tokenizer.chat_template"], eos_token="<|eos|>", bos_token="<|bos|>"
+    )
+    text = render(messages=turns).prompt
+    found = llama.tokenize(text.encode(), add_bos=False, special=True)
+    assert found == BPE.encode_chat(turns, add_generation_prompt=True).ids
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_llama_cpp_stretches_positions_the_same(tmp_path, kind):
+    scaling = {"kind": kind, "factor": 4.0} | ({} if kind == "linear" else {"original_max_seq_len": 16})
+    folder = write_model(tmp_path / "m", n_layers=2, rope_scaling=scaling)
+    exported(folder)
+    llama = in_llama_cpp(tmp_path / "m-f32.gguf", logits_all=True)
+    ids = torch.randint(0, BPE.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
+    llama.eval(ids[0].tolist())
+    model, plain = load_model(folder), GPT(load_model(folder).config.model_copy(update={"rope_scaling": None}))
+    plain.load_state_dict(model.state_dict())
+    want, other = (m.logits(m(ids))[0, :, : BPE.vocab_size].detach() for m in (model, plain))
+    difference = (torch.from_numpy(llama.scores[:60, : BPE.vocab_size].copy()) - want).abs().max()
+    assert difference < 1e-4 * want.abs().max() and (other - want).abs().max() > 0.1 * want.abs().max()

@@ -234,6 +234,25 @@ def test_what_a_folder_tells(tmp_path, capsys):
     assert wide(IDS).dtype == torch.float32 and (wide(IDS) - model(IDS).float()).norm() < 0.05 * wide(IDS).norm()
 
 
+def test_a_folder_says_that_inputs_are_rounded_as_well(tmp_path, capsys):
+    """The same codes as without; what differs is how they are computed with, and by little."""
+    base, plain, dynamic = write(tmp_path / "base"), tmp_path / "plain", tmp_path / "dynamic"
+    assert main(["quantize", str(base), str(plain), "--bits", "8"]) == 0
+    assert main(["quantize", str(base), str(dynamic), "--bits", "8", "--dynamic"]) == 0
+    assert "inputs in int8 as well" in capsys.readouterr().out and not problems_of(dynamic)
+    assert json.loads((dynamic / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "llmkit", "bits": 8, "dynamic": True,
+    }  # fmt: skip
+    assert (plain / FILE).read_bytes() == (dynamic / FILE).read_bytes()
+    models = [load_model(folder) for folder in (base, plain, dynamic)]
+    assert 0 < divergence(models[0], models[1]) < divergence(models[0], models[2]) < 0.02
+    found = [
+        generate(models[2], prompts, SamplingConfig(temperature=0.0, max_new_tokens=6), tokenizer=BYTES)
+        for prompts in ([[1, 70, 80]], [[1, 70, 80], [1, 90, 91, 92, 93]])
+    ]
+    assert found[0][0].ids == found[1][0].ids  # what stands beside a row is nothing to its rounding
+
+
 def test_plain_transformers_refuses_it_aloud(tmp_path):
     transformers = pytest.importorskip("transformers")
     base = write(tmp_path / "base")
@@ -286,6 +305,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     [
         (["--bits", "8", "--group", "32"], "is for --bits 4"),
         (["--bits", "8", "--calibrate", "x.txt"], "is for --bits 4"),
+        (["--bits", "4", "--dynamic"], "is for --bits 8"),
         (["--bits", "4", "--group", "5"], "an even number from 2"),
         (["--bits", "4", "--group", "0"], "an even number from 2"),
         (["--bits", "4", "--field", "body"], "name its file too"),

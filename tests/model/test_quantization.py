@@ -12,24 +12,21 @@ from llmkit.config import UserError
 from llmkit.export.calibration import quantize_model
 from llmkit.export.rounding import quantize_weight
 from llmkit.losses import token_logprobs
-from llmkit.model import quantization
+from llmkit.model import coded
+from llmkit.model.coded import dynamic_product, int4_product, int8_product, pack, unpack
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT, KVCache, init_weights
 from llmkit.model.quantization import (
     Quantization,
     QuantizedWeight,
-    int4_product,
-    int8_product,
     is_quantized,
-    pack,
     quantizable,
     quantization_of,
     stored_shapes,
     stored_tensors,
-    unpack,
 )
 
-INT8, INT4 = Quantization(8), Quantization(4)
+INT8, INT4, DYNAMIC = Quantization(8), Quantization(4), Quantization(8, dynamic=True)
 IDS = torch.randint(0, 90, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
@@ -75,11 +72,42 @@ def test_products_are_those_of_the_dense_matrix(scheme, N, K, M, dtype, monkeypa
     want = F.linear(x.float(), weight.dense(torch.float32), bias.float())
     limit = (1e-4 if dtype == torch.float32 else 2e-2) * want.norm()
     for block in (1 << 20, 64):
-        monkeypatch.setattr(quantization, "_BLOCK", block)
+        monkeypatch.setattr(coded, "_BLOCK", block)
         found = F.linear(x, weight, bias)
         assert found.dtype == dtype and found.shape == (2, M, N)
         assert (found.float() - want).norm() <= limit
     assert torch.equal(F.linear(x, weight) + bias, found) and F.linear(x[:, :0], weight).shape == (2, 0, N)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "K"), [(70, 96), (5, 33)])
+def test_a_dynamic_product_is_that_of_rounded_rows(N, K, dtype):
+    """By whole numbers and, where 32 doesn't divide K, in floating point; each row as if it stood alone."""
+    weight = quantize_weight(random(N, K, dtype=dtype), DYNAMIC)
+    x = random(40, K, seed=1, dtype=dtype)
+    x[3], x[4, 0] = 0, 100  # an outlier costs its own row alone
+    unit = x.float().abs().amax(1, keepdim=True) / 127
+    rounded = torch.fake_quantize_per_channel_affine(
+        x.float(), unit[:, 0].clamp(min=1e-9), torch.zeros(40, dtype=torch.int32), 0, -127, 127
+    )
+    want, found = rounded @ weight.dense(torch.float32).t(), F.linear(x, weight)
+    assert found.dtype == dtype and not found[3].any()
+    assert (found.float() - want).norm(dim=1).div(want.norm(dim=1).clamp(min=1e-9)).max() < (
+        1e-5 if dtype == torch.float32 and K == 96 else 1e-2
+    )
+    exact = x.float() @ weight.dense(torch.float32).t()
+    assert (found.float() - exact)[5:].norm() < 0.02 * exact[5:].norm()
+    if K == 96:
+        alone = torch.cat([F.linear(x[i : i + 1], weight) for i in range(40)])
+        assert torch.equal(alone, found) and torch.equal(F.linear(x, weight[:9]), found[:, :9])
+    half = weight.to(torch.bfloat16)
+    assert isinstance(half, QuantizedWeight) and half.dynamic and copy.deepcopy(weight).dynamic
+
+
+def test_numbers_that_are_not_finite_do_not_vanish_in_codes():
+    weight, x = quantize_weight(random(8, 32), DYNAMIC), random(3, 32, seed=1)
+    x[0, 5], x[1, 7] = float("nan"), float("inf")
+    assert F.linear(x, weight).isfinite().all(1).tolist() == [False, False, True]
 
 
 def test_the_fast_product_is_checked_and_can_be_missing(monkeypatch):
@@ -89,17 +117,17 @@ def test_the_fast_product_is_checked_and_can_be_missing(monkeypatch):
     want = F.linear(x, codes * scales[:, None])
 
     def wrong(x, codes, scales):
-        return quantization._packed_product(x.bfloat16(), codes, scales).float()
+        return coded._packed_product(x.bfloat16(), codes, scales).float()
 
     def missing(x, codes, scales):
         raise RuntimeError("no such kernel")
 
     for fake in (wrong, missing):
-        monkeypatch.setitem(quantization._FAST, torch.float32, fake)
-        quantization._fast_works.cache_clear()
+        monkeypatch.setitem(coded._FAST, torch.float32, fake)
+        coded._fast_works.cache_clear()
         assert (int8_product(x, codes, scales) - want).norm() < 1e-6 * want.norm()
-        assert not quantization._fast_works(torch.float32)
-    quantization._fast_works.cache_clear()
+        assert not coded._fast_works(torch.float32)
+    coded._fast_works.cache_clear()
 
 
 def test_the_tiled_product_is_checked_and_can_be_missing(monkeypatch):
@@ -107,7 +135,7 @@ def test_the_tiled_product_is_checked_and_can_be_missing(monkeypatch):
     weight = torch.nn.Parameter(quantize_weight(random(32, 64, dtype=torch.bfloat16), INT4), requires_grad=False)
     x = random(2, 64, seed=1, dtype=torch.bfloat16)
     want = F.linear(x.float(), weight.dense(torch.float32))
-    if quantization._tiled_works(32):
+    if coded.tiled_works(32):
         F.linear(x, weight)
         part = weight[:16]
         assert weight.tiles is not None and F.linear(x, part).shape == (2, 16) and part.tiles is None
@@ -119,16 +147,17 @@ def test_the_tiled_product_is_checked_and_can_be_missing(monkeypatch):
         raise RuntimeError("no such kernel")
 
     for fake in (missing, lambda x, G, tiles, lines: torch.zeros(len(x), lines.shape[1])):
-        monkeypatch.setattr(quantization, "_tiled_product", fake)
-        quantization._tiled_works.cache_clear()
+        monkeypatch.setattr(coded, "tiled_product", fake)
+        coded.tiled_works.cache_clear()
         assert (F.linear(x, weight).float() - want).norm() < 1e-2 * want.norm()
-        assert not quantization._tiled_works(32)
-    quantization._tiled_works.cache_clear()
+        assert not coded.tiled_works(32)
+    coded.tiled_works.cache_clear()
 
 
 def test_input_of_zeros_gives_zeros():
     weight = quantize_weight(random(8, 32), INT8)
-    assert not int8_product(torch.zeros(1, 32), weight.codes, weight.scales).any()
+    for product in (int8_product, dynamic_product):
+        assert not product(torch.zeros(1, 32), weight.codes, weight.scales).any()
     weight = quantize_weight(random(8, 32), INT4)
     assert weight.lows is not None
     assert not int4_product(torch.zeros(1, 32), weight.codes, weight.scales, weight.lows).any()
@@ -245,6 +274,8 @@ def test_casts_reach_the_norms_as_well():
         ({"quant_method": "llmkit", "bits": 4, "group": "32"}, "got 4 and 32"),
         ({"quant_method": "llmkit", "bits": 4, "group": 1 << 40}, "group even, up to"),
         ({"quant_method": "llmkit", "bits": [8]}, "bits must be 8 or 4"),
+        ({"quant_method": "llmkit", "bits": 4, "dynamic": True}, "true with 8 bits alone"),
+        ({"quant_method": "llmkit", "bits": 8, "dynamic": "no"}, "got 'no'"),
     ],
 )
 def test_sections_that_cannot_be_are_refused(section, message):

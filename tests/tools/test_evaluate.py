@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from benchmark_rows import SPLITS, rows_of, write_benchmarks, write_rows
+from browser import opened
 
 from llmkit.cli import main
 from llmkit.config import UserError
@@ -121,6 +122,25 @@ def test_the_page_holds_whatever_a_model_says(answering: Path, data: Path, tmp_p
     )
     assert "<script>alert" not in html and html.count("<script>") == 1 and "class=none" in html
     assert not report["chat"] and "plain text" in table(report)
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_in_a_browser(answering: Path, data: Path, tmp_path: Path, width: int) -> None:
+    """Nothing is fetched, nothing sticks out, and the keyboard chooses which answers are shown."""
+    argv = ["eval", str(answering), "--tasks", "gsm8k,mmlu", "--data", str(data), "--out", str(tmp_path)]
+    assert main([*argv, "--max-new-tokens", "4", "--raw"]) == 0
+    with opened((tmp_path / "eval.html").as_uri(), width) as tab:
+        assert len(tab.requests) == 1 and not tab.errors and not tab.too_wide()
+        wrong = tab.page.locator("section").first.get_by_role("button", name="wrong")
+        before = tab.page.locator("details.right:visible, details.wrong:visible").count()
+        wrong.focus()
+        tab.page.keyboard.press("Enter")
+        assert wrong.get_attribute("aria-pressed") == "true"
+        section = tab.page.locator("section").first
+        assert section.locator("details.right:visible").count() == 0 < section.locator("details.wrong:visible").count()
+        section.locator("details.wrong > summary").first.press("Enter")
+        assert section.locator("pre:visible").count() > 1 and not tab.too_wide()
+        assert before >= section.locator("details.wrong:visible").count()
 
 
 @pytest.mark.parametrize(
