@@ -2,7 +2,8 @@
 
 PyTorch sends them to MKL, which on the AMD processor that was measured gained little from a third and a fourth thread;
 oneDNN, to which it sends bf16, gained from all of them (docs/performance.md). Small products stay where they are: oneDNN's
-start costs more than the product.
+start costs more than the product. Few rows times a matrix that stays the same is another matter: there oneDNN spends much of
+its time in laying out the matrix, which `PackedMatrix` does once.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -96,6 +97,39 @@ def add_weight_gradient(total_NK: Tensor, grad_MN: Tensor, x_MK: Tensor) -> None
         total_NK += _weight_gradient(grad_MN, x_MK)
     else:
         total_NK.addmm_(grad_MN.t(), x_MK)
+
+
+def can_pack(weight_NK: Tensor) -> bool:
+    """Whether `PackedMatrix` takes a matrix: plain, on a CPU, and of a precision for which oneDNN has a layout of its own."""
+    plain = type(weight_NK) in (Tensor, nn.Parameter)
+    if not plain or weight_NK.device.type != "cpu" or not _has_onednn() or not torch.backends.mkldnn.enabled:
+        return False
+    if weight_NK.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight_NK.dtype == torch.float32
+
+
+class PackedMatrix:
+    """A copy of a matrix in the layout in which oneDNN multiplies few rows by it. Without gradients, not saved.
+
+    Packing takes about as long as it saves in some tens of products of one row, or in some of several.
+    """
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None, n_rows: int = 32):
+        """Takes what `can_pack` allows. `n_rows`: most rows that are expected at once; 1 has a layout of its own."""
+        # That for 32 rows serves two as well; in fp32 it reads a matrix for one row up to 1.7 times as long as that for one.
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), 1 if n_rows == 1 else 32)
+        self._bias_N = bias_N
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        """x @ weight.T + bias, [M, N]."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, self._weight, self._bias_N, "none", [], "")
+        return out
+
+    def plus(self, x_MK: Tensor, more_MN: Tensor) -> Tensor:
+        """x @ weight.T + bias + more, rounded once."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x_MK, more_MN, self._weight, self._bias_N, "add")
+        return out
 
 
 class Linear(nn.Linear):

@@ -35,6 +35,7 @@ def _generate_command(commands: Any) -> None:
     generate.add_argument("--beams", type=int, help="beam search with so many")
     generate.add_argument("--length-penalty", type=float, help="beams: above 0 favours long texts; default: 1")
     generate.add_argument("--early-stopping", action="store_true", default=None, help="beams: end with the first ended")
+    generate.add_argument("--draft", metavar="MODEL", help="a small model of the same tokenizer that proposes tokens")
     generate.add_argument("--candidates", type=int, metavar="K", help="show the K likeliest next tokens instead")
     precision_option(generate)
     device_option(generate)

@@ -15,6 +15,7 @@ import torch
 from llmkit.config import UserError
 from llmkit.inference.batch import LeftPadded, cache_dtype, not_finite
 from llmkit.inference.config import SamplingConfig
+from llmkit.inference.packed import Network
 from llmkit.inference.sampling import log_probs
 from llmkit.inference.steering import Steering
 from llmkit.inference.stream import FinishReason, Generation, TextStream
@@ -134,6 +135,7 @@ class _Search:
 
 def search(
     model: GPT,
+    network: Network,
     prompts: list[list[int]],
     limits: Sequence[int],
     sampling: SamplingConfig,
@@ -151,8 +153,8 @@ def search(
     n_best = max(2, 1 + len(tokenizer.stop_ids)) * sampling.beams
     live, ids_BT, mask = searches, grid.ids_BT, grid.prompt_mask()
     while live and not should_stop():
-        hidden_BTD = model.forward(ids_BT, grid.positions_BT, mask, cache)
-        logprobs_BV = log_probs(model.logits(hidden_BTD[:, -1]), 1.0, V)
+        hidden_BTD = network.forward(ids_BT, grid.positions_BT, mask, cache)
+        logprobs_BV = log_probs(network.logits(hidden_BTD[:, -1]), 1.0, V)
         scores_BV = logprobs_BV if steering is None else steering(logprobs_BV)
         P, W = len(live), len(live[0].running)
         totals_PW = torch.tensor([[b.total for b in s.running] for s in live], dtype=scores_BV.dtype, device=device)

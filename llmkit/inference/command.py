@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
-from llmkit.config import UserError, validate
+from llmkit.config import MachineError, UserError, validate
 from llmkit.inference.config import SamplingConfig
+from llmkit.inference.engine.config import EngineConfig
+from llmkit.inference.engine.engine import Engine
+from llmkit.inference.engine.request import requests_of
 from llmkit.inference.generate import candidates, generate
 from llmkit.inference.stream import TextStream
 from llmkit.model.gpt import GPT
@@ -28,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     if args.candidates is not None and args.candidates < 1:
         raise UserError(f"generate: candidates: must be at least 1 (got {args.candidates})")
+    if args.draft is not None and (args.candidates or sampling.beams > 1):
+        raise UserError("generate: a draft has no part in --beams and --candidates: drop --draft, or these")
     for option in ("out", "column", "limit", "batch"):
         if getattr(args, option):
             raise UserError(f"generate: --{option} is about many prompts: give --prompts, a file of them")
@@ -37,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
     ids = encode_prompt(tokenizer, args.prompt, args.system, chat=not args.raw and is_chat_model(folder, tokenizer))
     if args.candidates:
         print_candidates(model, tokenizer, ids, args.candidates)
+        return 0
+    if args.draft is not None:
+        print_drafted(model, load_draft(args, tokenizer), tokenizer, ids, sampling)
         return 0
     print_texts(model, tokenizer, ids, sampling)
     return 0
@@ -83,9 +91,47 @@ def print_texts(model: GPT, tokenizer: Tokenizer, ids: list[int], sampling: Samp
         for k, result in enumerate(results, 1):
             score = "" if result.score is None else f", score {result.score:.4f}"
             print(f"--- {k} of {sampling.n}{score}\n{result.text}")
-    limit = min(sampling.max_new_tokens, model.config.max_seq_len - len(ids))
-    if limit < sampling.max_new_tokens and any(len(r.ids) == limit and r.finish_reason == "length" for r in results):
+    _note_end(model, ids, sampling, any(r.finish_reason == "length" for r in results))
+
+
+def _note_end(model: GPT, ids: list[int], sampling: SamplingConfig, cut_off: bool) -> None:
+    if cut_off and model.config.max_seq_len - len(ids) < sampling.max_new_tokens:
         print(f"note: the context of {model.config.max_seq_len} tokens is full", file=sys.stderr)
+
+
+def load_draft(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
+    """The model of --draft. Raises UserError if its tokens are others."""
+    folder = resolve_model(args.draft)
+    if Tokenizer.load(folder).hash != tokenizer.hash:
+        raise UserError(
+            f"--draft {args.draft}: its tokenizer is not the model's, so its tokens mean something else: take a draft that "
+            "was trained with the same one, such as a distilled student"
+        )
+    return load_model(folder, DTYPES.get(args.precision), pick_device(args.device))
+
+
+def print_drafted(model: GPT, draft: GPT, tokenizer: Tokenizer, ids: list[int], sampling: SamplingConfig) -> None:
+    """As `print_texts`, but a draft proposes tokens, and a note says how many of them the model took."""
+    longest = -(-model.config.max_seq_len // EngineConfig().block_tokens) * EngineConfig().block_tokens
+    limits = EngineConfig(max_rows=sampling.n, cache_tokens=sampling.n * longest)
+    engine = Engine(model, tokenizer, limits, draft=draft)
+    texts = {engine.submit(request): "" for request in requests_of(ids, sampling, sampling.seed)}
+    alone, cut_off = sampling.n == 1, False
+    while engine.busy:
+        for event in engine.step():
+            if event.error is not None:
+                raise MachineError(event.error)
+            texts[event.request_id] += event.text
+            cut_off |= event.finish_reason == "length"
+            if alone:
+                print(event.text, end="", flush=True)
+    if alone:
+        print()
+    for k, text in enumerate(() if alone else texts.values(), 1):
+        print(f"--- {k} of {sampling.n}\n{text}")
+    done = engine.counters
+    print(f"note: the model took {done.accepted_tokens} of the draft's {done.drafted_tokens} tokens", file=sys.stderr)
+    _note_end(model, ids, sampling, cut_off)
 
 
 def is_chat_model(folder: Path, tokenizer: Tokenizer) -> bool:

@@ -24,6 +24,7 @@ from llmkit.inference.batch import (
 )
 from llmkit.inference.beams import search
 from llmkit.inference.config import SamplingConfig
+from llmkit.inference.packed import Network, network_of
 from llmkit.inference.sampling import drawn_log_probs, log_probs, row_seeds, sample, sample_seeds
 from llmkit.inference.steering import Steering
 from llmkit.inference.stream import FinishReason, Generation, TextStream
@@ -76,6 +77,7 @@ def _close_ranks(going: list[bool]) -> list[int]:
 
 def _decode(
     model: GPT,
+    network: Network,
     prompts: list[list[int]],
     live: list[_Row],
     sampling: SamplingConfig,
@@ -99,9 +101,8 @@ def _decode(
             for row in live:
                 row.finish_reason = "interrupted"
             return
-        # Not model(...): a trainer may have compiled the module in place, and these shapes would recompile it.
-        hidden_BTD = model.forward(ids_BT, grid.positions_BT, mask, cache)
-        logits_BV = model.logits(hidden_BTD[:, -1])
+        hidden_BTD = network.forward(ids_BT, grid.positions_BT, mask, cache)
+        logits_BV = network.logits(hidden_BTD[:, -1])
         grid.positions_BT = grid.positions_BT[:, -1:] + 1
         if len(logits_BV) < len(live):  # the prompts are read: their samples part here
             samples = torch.arange(len(prompts), device=device).repeat_interleave(sampling.n)
@@ -147,6 +148,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     should_stop: Callable[[], bool] = _never,
     on_token: Callable[[int, int], None] | None = None,
+    network: Network | None = None,
 ) -> list[Generation]:
     """Continues every prompt `sampling.n` times, all of them as one batch; rows that end leave it.
 
@@ -164,6 +166,7 @@ def generate(
         should_stop: polled before each step; True ends the rows that are not done as "interrupted".
         on_token: called with (index of the result, new id) as tokens come, stop tokens too; `TextStream` makes text of
             them. Beams are certain at the end only, so theirs come all at once then.
+        network: of the same model, where several calls share what `network_of` makes of its weights.
 
     Returns:
         n Generations per prompt, in the order of the prompts: those of prompt i are i * n to i * n + n - 1. Beams come
@@ -184,9 +187,12 @@ def generate(
         return []
     texts = [list(prompt) for prompt in prompts]
     limits = [min(sampling.max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in texts]
+    if network is None:
+        per_prompt = max(sampling.n, sampling.beams)
+        network = network_of(model, sum(limits) * per_prompt, len(texts) * per_prompt)
     if sampling.beams > 1:
         with evaluating(model), torch.inference_mode():
-            results = search(model, texts, limits, sampling, tokenizer, should_stop)
+            results = search(model, network, texts, limits, sampling, tokenizer, should_stop)
         for i, result in enumerate(results if on_token is not None else ()):
             assert on_token is not None
             for token in result.ids:
@@ -204,7 +210,7 @@ def generate(
         for k, seed in enumerate(sample_seeds(seeds[i], sampling.n))
     ]
     with evaluating(model), torch.inference_mode():
-        _decode(model, texts, rows, sampling, tokenizer, should_stop, on_token)
+        _decode(model, network, texts, rows, sampling, tokenizer, should_stop, on_token)
     return [row.result() for row in rows]
 
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 import random
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmkit.inference.config import SamplingConfig
+
+_PIECE = 128  # tokens over which `draw` sums up at a time
+_LIKELIEST = 256  # tokens that are sorted first: most often they hold top_p together
 
 
 def row_seeds(seed: int, n: int) -> list[int]:
@@ -50,21 +54,25 @@ def filtered(logprobs_BV: Tensor, sampling: SamplingConfig) -> Tensor:
     V = probs_BV.shape[1]
     k = sampling.top_k if 0 < sampling.top_k < V else V
     if k == V and sampling.top_p == 1.0:
-        best_B1 = probs_BV.amax(-1, keepdim=True)
+        best_B1 = probs_BV.amax(-1, keepdim=True) if sampling.min_p > 0.0 else None
     else:
         # Tokens beyond the k-th that are tied with it are missing here; they would not move the threshold of top_p,
         # which looks at more probable tokens only.
-        ranked_BK = probs_BV.topk(k).values
+        n_ranked = k if k < V else min(V, _LIKELIEST)
+        ranked_BK = probs_BV.topk(n_ranked).values
         best_B1 = ranked_BK[:, :1]
-        probs_BV = probs_BV.where(probs_BV >= ranked_BK[:, -1:], 0.0)
+        if k < V:
+            probs_BV = probs_BV.where(probs_BV >= ranked_BK[:, -1:], 0.0)
         if sampling.top_p < 1.0:
+            held_B1 = sampling.top_p * probs_BV.sum(-1, keepdim=True, dtype=torch.float64)
+            if n_ranked < k and not bool((ranked_BK.sum(-1, keepdim=True, dtype=torch.float64) > held_B1).all()):
+                ranked_BK = probs_BV.topk(k).values
             ranked_BK = ranked_BK.double()
             before_BK = ranked_BK.cumsum(-1) - ranked_BK
-            total_B1 = probs_BV.sum(-1, keepdim=True, dtype=torch.float64)
-            n_kept_B1 = (before_BK < sampling.top_p * total_B1).sum(-1, keepdim=True).clamp(min=1)
+            n_kept_B1 = (before_BK < held_B1).sum(-1, keepdim=True).clamp(min=1)
             smallest_B1 = ranked_BK.gather(1, n_kept_B1 - 1)
             probs_BV = probs_BV.where(probs_BV >= smallest_B1, 0.0)
-    if sampling.min_p > 0.0:
+    if best_B1 is not None and sampling.min_p > 0.0:
         probs_BV = probs_BV.where(probs_BV >= sampling.min_p * best_B1, 0.0)
     return probs_BV
 
@@ -91,11 +99,26 @@ def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
         probs_BV: not negative, at least one positive per row; need not add up to 1.
         uniforms_B: float64 in [0, 1), one number per row, so that a draw depends on nothing but its own row.
     """
-    cumulated_BV = probs_BV.cumsum(-1, dtype=torch.float64)
-    total_B1 = cumulated_BV[:, -1:]
-    # Rounding may bring u * total up to the total itself, which no entry exceeds.
-    target_B1 = torch.minimum(uniforms_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
-    return torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]
+    B, V = probs_BV.shape
+    size = min(_PIECE, V)
+    pieces_BNS = F.pad(probs_BV, (0, -V % size)).view(B, -1, size)
+    # A running sum over all of V in fp64 takes longer than a small network: so first over pieces, then in one of them.
+    cumulated_BN = pieces_BNS.sum(-1, dtype=torch.float64).cumsum(-1)
+    piece_B1, rest_B1 = _find(cumulated_BN, uniforms_B[:, None] * cumulated_BN[:, -1:])
+    piece_B1 = piece_B1.clamp(max=pieces_BNS.shape[1] - 1)  # of a row of NaN nothing is found
+    within_BS = pieces_BNS.gather(1, piece_B1[:, :, None].expand(B, 1, size))[:, 0]
+    token_B1, _ = _find(within_BS.cumsum(-1, dtype=torch.float64), rest_B1)
+    return (piece_B1 * size + token_B1)[:, 0]
+
+
+def _find(cumulated_BN: Tensor, target_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place [B, 1] whose cumulated sum exceeds the target, and what the sum before it leaves of the target."""
+    # Rounding may bring the target up to the total itself, which no entry exceeds.
+    total_B1 = cumulated_BN[:, -1:]
+    target_B1 = torch.minimum(target_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    place_B1 = torch.searchsorted(cumulated_BN, target_B1, right=True)
+    before_B1 = cumulated_BN.gather(1, (place_B1 - 1).clamp(min=0)).where(place_B1 > 0, 0.0)
+    return place_B1, target_B1 - before_B1
 
 
 def sample(

@@ -81,8 +81,7 @@ def shared_scores(model: SequenceClassifier, shared: SharedRows) -> Tensor:
 
     As with `inference.logprobs.shared_logprobs`, a model with a sliding window can't be asked so.
     """
-    hidden_RTD = model.model(shared.ids_RT, shared.positions_RT, shared.mask(), False, None)
-    return model.score(hidden_RTD.flatten(0, 1)[shared.ends_B])
+    return model.at_ends(shared.ids_RT, shared.positions_RT, shared.mask(), shared.ends_B)
 
 
 def _kind(model: SequenceClassifier) -> tuple[torch.dtype, int]:

@@ -29,29 +29,48 @@ def window_of(config: GPTConfig, layer: int) -> int | None:
     return config.sliding_window if layer >= config.n_full_layers else None
 
 
+_CACHE_PIECE = 64  # columns by which a cache grows
+
+
 class KVCache:
-    """Keys and values of the positions seen so far: static buffers of which the first `length` columns are filled."""
+    """Keys and values of the positions seen so far: buffers of which the first `length` columns are filled.
+
+    They grow a piece at a time, so that attention over all their columns costs little more than over the filled ones.
+    """
 
     def __init__(
         self, config: GPTConfig, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
-        shape = (config.n_layers, batch, config.kv_heads, max_len, config.width_of_head)
+        shape = (config.n_layers, batch, config.kv_heads, 0, config.width_of_head)
         self.k_LBKSE = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LBKSE = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
+        self.length, self.max_len = 0, max_len
         self.windows = [window_of(config, layer) for layer in range(config.n_layers)]
 
-    @property
-    def max_len(self) -> int:
-        return self.k_LBKSE.shape[3]
+    def reserve(self, T: int) -> None:
+        """Makes room for T more columns."""
+        end = self.length + T
+        if end <= self.k_LBKSE.shape[3]:
+            return
+        n_columns = max(end, min(self.max_len, -(-end // _CACHE_PIECE) * _CACHE_PIECE))
+        for name in ("k_LBKSE", "v_LBKSE"):
+            old: Tensor = getattr(self, name)
+            new = old.new_zeros(*old.shape[:3], n_columns, old.shape[4])
+            new[:, :, :, : self.length] = old[:, :, :, : self.length]
+            setattr(self, name, new)
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Stores T new columns of one layer and returns its filled ones, from the first that any of the T may see."""
+        self.reserve(k_BKTE.shape[2])
         end, window = self.length + k_BKTE.shape[2], self.windows[layer]
         first = 0 if window is None else max(0, self.length + 1 - window)
         self.k_LBKSE[layer, :, :, self.length : end] = k_BKTE
         self.v_LBKSE[layer, :, :, self.length : end] = v_BKTE
         return self.k_LBKSE[layer, :, :, first:end], self.v_LBKSE[layer, :, :, first:end]
+
+    def whole(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """All columns of a layer, also those not yet filled, which hold zeros; None if they are not in one piece."""
+        return self.k_LBKSE[layer], self.v_LBKSE[layer]
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given rows of the batch, in this order.
@@ -254,6 +273,22 @@ class Block(nn.Module):
         return x_BTD + self.dropout(out_BTD), routing
 
 
+def parallel_plan() -> dict[str, str]:
+    """How processes that compute a row together share a block, by the module's name in it.
+
+    | how | what |
+    |---|---|
+    | `enters` | its input is whole and the same for all; the gradient of that is the sum of theirs |
+    | `columns` | each has a share of the outputs: rows of the weight, and of the bias |
+    | `rows` | each has a share of the inputs: columns of the weight; their outputs are added up, then the bias |
+    | `partial` | whole for each, but it sees a share of the heads: its gradient is the sum of theirs |
+    """
+    plan = {"self_attn": "enters", "self_attn.o_proj": "rows", "mlp": "enters", "mlp.down_proj": "rows"}
+    plan |= {f"self_attn.{name}": "columns" for name in ("q_proj", "k_proj", "v_proj")}
+    plan |= {f"self_attn.{name}": "partial" for name in ("q_norm", "k_norm")}
+    return plan | {f"mlp.{name}": "columns" for name in ("gate_proj", "up_proj")}
+
+
 class Decoder(nn.Module):
     """Embeddings, blocks and final norm: everything but a head, beside which it is always named `model`."""
 
@@ -282,13 +317,8 @@ class Decoder(nn.Module):
             if x_BTD.dtype == torch.float64:
                 rope = (rope[0].double(), rope[1].double())
         x_BTD = self.dropout(x_BTD)
-        start, T = 0 if cache is None else cache.length, ids_BT.shape[1]
-        if mask is None and causal and start and T > 1:
-            mask = causal_mask(start, T, ids_BT.device)
-        window, near = self.config.sliding_window, mask
-        if window is not None and start + T > window and T > 1:  # of a single token, the cache gives what it may see
-            near = causal_mask(start, T, ids_BT.device, window)
-            near = near if mask is None else near & mask
+        start = 0 if cache is None else cache.length
+        mask, near = layer_masks(self.config, start, ids_BT.shape[1], mask, causal, ids_BT.device)
         routings = []
         for i, block in enumerate(self.layers):
             args = (x_BTD, rope, mask if i < self.config.n_full_layers else near, causal, cache)
@@ -386,6 +416,22 @@ def causal_mask(start: int, T: int, device: torch.device, window: int | None = N
     own_T1 = columns_S[start:, None]
     seen_TS = columns_S <= own_T1
     return (seen_TS if window is None else seen_TS & (columns_S > own_T1 - window))[None, None]
+
+
+def layer_masks(
+    config: GPTConfig, start: int, T: int, mask: Tensor | None, causal: bool, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of layers that see everything, and of those with a sliding window, for T tokens from column `start` on.
+
+    `mask` is the caller's, as in `GPT.forward`; None stands for what `attend` does without one.
+    """
+    if mask is None and causal and start and T > 1:
+        mask = causal_mask(start, T, device)
+    window, near = config.sliding_window, mask
+    if window is not None and start + T > window and T > 1:  # of a single token, the cache gives what it may see
+        near = causal_mask(start, T, device, window)
+        near = near if mask is None else near & mask
+    return mask, near
 
 
 def document_mask(docs_BT: Tensor, causal: bool = True) -> Tensor:

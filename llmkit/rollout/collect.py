@@ -11,6 +11,7 @@ import torch
 from llmkit.config import Interrupted
 from llmkit.inference.config import SamplingConfig
 from llmkit.inference.generate import generate
+from llmkit.inference.packed import network_of
 from llmkit.inference.sampling import sample_seeds
 from llmkit.model.gpt import GPT
 from llmkit.rollout.batch import Rollouts
@@ -84,6 +85,7 @@ def sample_answers(
         for row, seed in zip(rows, seeds, strict=True)
         for s in sample_seeds(seed, n)
     ]
+    network = network_of(model, len(answers) * config.max_new_tokens, min(len(answers), config.batch_size))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     size = max(1, config.batch_size // n)
     for start in range(0, len(order), size):
@@ -95,6 +97,7 @@ def sample_answers(
             tokenizer=tokenizer,
             seeds=[seeds[i] for i in part],
             should_stop=should_stop,
+            network=network,
         )
         for k, i in enumerate(part):
             for j in range(n):
@@ -112,6 +115,7 @@ def sample_answers(
                 tokenizer=tokenizer,
                 seeds=[sample_seeds(a.seed, a.n_turns + 1)[-1] for a in turn],
                 should_stop=should_stop,
+                network=network,
             )
             for answer, generation in zip(turn, made, strict=True):
                 _take(answer, generation)

@@ -59,6 +59,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("generate: --prompts needs --out, the .jsonl that the texts are written to")
     if args.candidates is not None:
         raise UserError("generate: --candidates shows what follows one prompt: drop it, or --prompts")
+    if args.draft is not None:
+        raise UserError("generate: --draft is about one prompt at a time: drop it, or --prompts")
     for option in ("batch", "limit"):
         value = getattr(args, option)
         if value is not None and value < 1:

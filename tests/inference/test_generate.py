@@ -15,6 +15,7 @@ from tiny import ROWS, TOKENIZER, V, build, prompts_of, run
 from llmkit.config import MachineError, UserError
 from llmkit.inference.config import SamplingConfig
 from llmkit.inference.generate import TextStream, candidates, evaluating
+from llmkit.inference.packed import Packed
 from llmkit.inference.sampling import draw, filtered, log_probs, row_seeds, sample
 from llmkit.model.config import GPTConfig
 from llmkit.model.gpt import GPT
@@ -50,17 +51,19 @@ class Scripted(torch.nn.Module):
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=0.8, top_k=40, top_p=0.9, max_new_tokens=20)])
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "tie_embeddings": False}])
-def test_a_ragged_batch_equals_its_rows_alone(sampling, options):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_ragged_batch_equals_its_rows_alone(sampling, options, packed):
     model = build(**options)
+    network = Packed(model) if packed else model
     prompts = prompts_of(1, 30, 7, 44, 60)
     seeds = row_seeds(3, len(prompts))
-    together = run(model, prompts, sampling, seeds=seeds)
+    together = run(model, prompts, sampling, seeds=seeds, network=network)
     assert len({len(g.ids) for g in together}) > 1  # some left early: 60 + 4 fill the context
     for prompt, seed, row in zip(prompts, seeds, together, strict=True):
-        alone = run(model, [prompt], sampling, seeds=[seed])[0]
+        alone = run(model, [prompt], sampling, seeds=[seed], network=network)[0]
         assert row.ids == alone.ids and row.text == alone.text and row.finish_reason == alone.finish_reason
         assert row.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
-    backwards = run(model, prompts[::-1], sampling, seeds=seeds[::-1])
+    backwards = run(model, prompts[::-1], sampling, seeds=seeds[::-1], network=network)
     assert [g.ids for g in backwards[::-1]] == [g.ids for g in together]
 
 
@@ -197,6 +200,29 @@ def test_ties_and_edges(u):
     assert sample(torch.tensor([[1e4, -1e4, 0.0]]), uniforms, SamplingConfig(temperature=1e-4), 3)[0].item() == 0
     for probs, possible in (([0.0, 0.1, 0.0, 0.2, 0.0], {1, 3}), ([3.0, 0.0], {0}), ([0.0, 1e-30], {1})):
         assert draw(torch.tensor([probs]), uniforms).item() in possible
+
+
+@pytest.mark.parametrize("width", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+def test_top_p_of_a_large_vocabulary_is_a_full_sorts(width, top_p):
+    """Flat rows need more than the tokens that are sorted first, peaked ones far fewer; a batch may hold both."""
+    logits = torch.randn(4, 2000, generator=torch.Generator().manual_seed(1)) * width
+    logits[1] *= 5
+    logprobs = logits.log_softmax(-1)
+    kept = filtered(logprobs, SamplingConfig(top_p=top_p)) > 0
+    ranked, order = logprobs.double().exp().sort(descending=True)
+    wanted = torch.zeros_like(kept).scatter(1, order, ranked.cumsum(-1) - ranked < top_p * ranked.sum(-1, keepdim=True))
+    assert (kept != wanted).sum(-1).max() <= 1  # the token on the edge: sums are rounded in another order
+
+
+def test_a_draw_inverts_the_cumulative_distribution_across_its_pieces():
+    probs = torch.rand(1, 1000, generator=torch.Generator().manual_seed(0))
+    probs[:, 100:400] = 0.0  # a piece and more that nothing may be drawn from
+    uniforms = torch.linspace(0, 1, 5001, dtype=torch.float64)[:-1]
+    drawn = draw(probs.expand(len(uniforms), -1), uniforms)
+    cumulated = probs[0].cumsum(0, dtype=torch.float64)
+    assert torch.equal(drawn, torch.searchsorted(cumulated, uniforms * cumulated[-1], right=True))
+    assert probs[0, drawn].min() > 0 and drawn[0] == 0 and drawn[-1] > 990
 
 
 def test_draws_follow_the_probabilities():

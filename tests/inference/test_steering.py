@@ -243,6 +243,7 @@ def test_the_prompt_is_computed_once(model: GPT, monkeypatch: pytest.MonkeyPatch
 def test_a_cache_row_may_be_copied() -> None:
     """What `n` and beams rely on."""
     cache = KVCache(MODEL.config, 2, 4, torch.float32)
+    cache.reserve(4)
     cache.k_LBKSE[:] = torch.arange(2).view(1, 2, 1, 1, 1)
     cache.length = 3
     cache.select(torch.tensor([1, 0, 1, 1]))

@@ -94,6 +94,7 @@ def test_prompts_that_fill_the_context(answering: Path, tmp_path: Path, capsys: 
         (["--prompts", "p.jsonl"], "--prompts needs --out"),
         (["--prompts", "p.jsonl", "--out", "x.txt"], "must end in .jsonl"),
         (["--prompts", "p.jsonl", "--out", "x.jsonl", "--candidates", "3"], "--candidates shows"),
+        (["--prompts", "p.jsonl", "--out", "x.jsonl", "--draft", "m"], "--draft is about one prompt"),
         (["--prompts", "p.jsonl", "--out", "x.jsonl", "--batch", "0"], "--batch must be at least 1"),
         (["--prompts", "p.jsonl", "--out", "x.jsonl", "--limit", "0"], "--limit must be at least 1"),
         (["--prompts", "p.jsonl", "--out", "x.jsonl", "--raw", "--system", "s"], "--system is for chat models"),

@@ -14,6 +14,7 @@ from llmkit.inference.batch import cache_dtype, check_model
 from llmkit.inference.engine.choosing import Proposal, by_settings, distribution
 from llmkit.inference.engine.paged import BlockTable, Chunks, PagedStore
 from llmkit.inference.engine.scheduler import Row
+from llmkit.inference.packed import WORTH_TOKENS, network_of
 from llmkit.inference.sampling import draw
 from llmkit.model.gpt import GPT
 
@@ -30,14 +31,19 @@ class Draft:
                 "take a draft that reads at least as much"
             )
         self.model, self.vocab_size, self._table = model, vocab_size, table
+        self.repack()
         self.device = model.head_weight.device
         if self.device != big.head_weight.device:
             raise UserError(f"the draft is on {self.device}, the model on {big.head_weight.device}: load both on one")
         self._store = PagedStore(model.config, n_blocks, table.block_tokens, cache_dtype(model), self.device)
 
+    def repack(self) -> None:
+        """Takes note of other weights."""
+        self.network = network_of(self.model, WORTH_TOKENS, self._table.n_lines)
+
     def read(self, chunks: Chunks) -> None:
         """Reads the part of the prompts that the model reads."""
-        chunks.forward(self.model, self._store)
+        chunks.forward(self.network, self._store)
 
     def propose(self, rows: Sequence[Row], counts: Sequence[int]) -> list[list[Proposal]]:
         """The next tokens of each row, `counts` of them, drawn by its own settings from what the draft thinks of them.
@@ -50,9 +56,9 @@ class Draft:
             tokens = [[found[i][-1].token] if found[i] else rows[i].tokens[rows[i].n_draft_computed :] for i in going]
             before = [len(rows[i].tokens) + len(found[i]) - 1 if found[i] else rows[i].n_draft_computed for i in going]
             chunks = Chunks(self._table, [rows[i].line for i in going], tokens, before, self.device)
-            hidden_BTD = chunks.forward(self.model, self._store)
+            hidden_BTD = chunks.forward(self.network, self._store)
             # Scores that are not finite would make a distribution of NaN; any other is fine, only not often accepted.
-            logits_BV = torch.nan_to_num(self.model.logits(hidden_BTD[:, -1]))
+            logits_BV = torch.nan_to_num(self.network.logits(hidden_BTD[:, -1]))
             among = [rows[i] for i in going]
             for group in by_settings(among):
                 alike = [among[g] for g in group]

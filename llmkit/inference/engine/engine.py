@@ -26,6 +26,7 @@ from llmkit.inference.engine.paged import BlockTable, Chunks, PagedStore
 from llmkit.inference.engine.request import Counters, Event, Reason, Request
 from llmkit.inference.engine.scheduler import Row, Scheduler
 from llmkit.inference.engine.standing import Standing
+from llmkit.inference.packed import WORTH_TOKENS, network_of
 from llmkit.inference.steering import Steering
 from llmkit.inference.stream import TextStream
 from llmkit.model.gpt import GPT
@@ -59,6 +60,8 @@ class Engine:
         check_model(model, tokenizer.vocab_size)
         self.model, self.tokenizer = model, tokenizer
         self.config = config = EngineConfig() if config is None else config
+        self._n_rows = config.max_rows * (1 if draft is None else 1 + config.draft_tokens)
+        self._network = network_of(model, WORTH_TOKENS, self._n_rows)
         self.device = model.head_weight.device
         self._vocab_size = tokenizer.vocab_size
         size, longest = config.block_tokens, -(-model.config.max_seq_len // config.block_tokens)
@@ -167,13 +170,17 @@ class Engine:
         )
 
     def forget_prefixes(self) -> None:
-        """Drops what was kept of past prompts: needed when the model's weights were changed, with no request running.
+        """Drops what was made of the weights: past prompts' keys and values, packed matrices. Needed when weights were
+        changed, with no request running.
 
         Raises ValueError while one runs: its keys and values come from the weights of before.
         """
         if self._scheduler.running:
             raise ValueError(f"{len(self._scheduler.running)} requests run: let them end, or cancel them")
         self._scheduler.blocks.forget()
+        self._network = network_of(self.model, WORTH_TOKENS, self._n_rows)
+        if self._draft is not None:
+            self._draft.repack()
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -189,7 +196,7 @@ class Engine:
             budget -= sum(n for _, n in chosen)
             tokens = [row.tokens[row.n_computed : row.n_computed + n] for row, n in chosen]
             chunks = self._chunks([row for row, _ in chosen], tokens)
-            hidden_BTD = chunks.forward(self.model, self._store)
+            hidden_BTD = chunks.forward(self._network, self._store)
             if self._draft is not None:
                 self._draft.read(chunks)
             for row, n in chosen:
@@ -219,9 +226,9 @@ class Engine:
             if len(rows) * n_columns <= self._scheduler.blocks.n_blocks * self.config.block_tokens:
                 self._standing = Standing(self._store, self._table, rows, n_columns)
         if self._standing is None:
-            hidden_BTD = self._chunks(rows, [row.tokens[-1:] for row in rows]).forward(self.model, self._store)
+            hidden_BTD = self._chunks(rows, [row.tokens[-1:] for row in rows]).forward(self._network, self._store)
         else:
-            rows, hidden_BTD = self._standing.rows, self._standing.forward(self.model)
+            rows, hidden_BTD = self._standing.rows, self._standing.forward(self._network)
         choices = choose(rows, self._last_logits(hidden_BTD), self._vocab_size)
         return [self._push(row, choice) for row, choice in zip(rows, choices, strict=True)]
 
@@ -232,7 +239,7 @@ class Engine:
         n_before = [len(row.tokens) for row in rows]
         tokens = [[row.tokens[-1], *(p.token for p in found)] for row, found in zip(rows, proposals, strict=True)]
         chunks = self._chunks(rows, tokens)
-        hidden_BTD = chunks.forward(self.model, self._store)
+        hidden_BTD = chunks.forward(self._network, self._store)
         events: list[Event] = []
         n_accepted, going = 0, list(range(len(rows)))
         for j in range(max(counts) + 1):
@@ -241,7 +248,7 @@ class Engine:
             columns = [chunks.T - len(tokens[b]) + j for b in going]
             among = [rows[b] for b in going]
             offered: list[Proposal | None] = [proposals[b][j] if j < counts[b] else None for b in going]
-            choices = choose(among, self.model.logits(hidden_BTD[going, columns]), self._vocab_size, offered)
+            choices = choose(among, self._network.logits(hidden_BTD[going, columns]), self._vocab_size, offered)
             still: list[int] = []
             for b, choice, proposal in zip(going, choices, offered, strict=True):
                 agreed = proposal is not None and proposal.token == choice.token
@@ -269,7 +276,7 @@ class Engine:
 
     def _last_logits(self, hidden_BTD: Tensor) -> Tensor:
         """[B, V or more]: all texts of a pass end in its last column."""
-        return self.model.logits(hidden_BTD[:, -1])
+        return self._network.logits(hidden_BTD[:, -1])
 
     def _push(self, row: Row, choice: Choice, publish: bool = True) -> Event:
         """Adds a token to a row, which leaves if that ends it."""

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmkit.inference.packed import Network
 from llmkit.model.config import GPTConfig
-from llmkit.model.gpt import GPT, KVCache, window_of
+from llmkit.model.gpt import KVCache, window_of
 
 
 class BlockTable:
     """The blocks of every line; a line belongs to one running request."""
 
     def __init__(self, n_lines: int, n_columns: int, block_tokens: int, device: torch.device):
-        self.block_tokens = block_tokens
+        self.n_lines, self.block_tokens = n_lines, block_tokens
         self._blocks_RM = torch.zeros(n_lines, n_columns, dtype=torch.long, device=device)
 
     def set(self, line: int, blocks: Sequence[int]) -> None:
@@ -83,10 +84,9 @@ class Chunks:
                 seen_BTS = (seen_BTS & (columns_S <= own_T1)) | (columns_S == own_T1)
             self.mask = seen_BTS[:, None]
 
-    def forward(self, model: GPT, store: PagedStore) -> Tensor:
+    def forward(self, network: Network, store: PagedStore) -> Tensor:
         """Hidden states [B, T, D]; the keys and values of the new tokens are kept."""
-        # Not model(...): a trainer may have compiled the module in place, and these shapes would recompile it.
-        return model.forward(self.ids_BT, self.positions_BT, self.mask, PagedCache(store, self))
+        return network.forward(self.ids_BT, self.positions_BT, self.mask, PagedCache(store, self))
 
 
 class PagedCache(KVCache):
@@ -94,12 +94,14 @@ class PagedCache(KVCache):
 
     def __init__(self, store: PagedStore, chunks: Chunks):
         self._store, self._chunks = store, chunks
-        self.length = chunks.S - chunks.T
+        self.length, self.max_len = chunks.S - chunks.T, chunks.S
         self.windows = store.windows
 
-    @property
-    def max_len(self) -> int:
-        return self._chunks.S
+    def reserve(self, T: int) -> None:
+        """Nothing to do: the blocks are there."""
+
+    def whole(self, layer: int) -> None:
+        """Blocks lie apart."""
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Stores T new columns of one layer and returns its filled ones, from the first that any of the T may see."""

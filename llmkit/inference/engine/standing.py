@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llmkit.inference.engine.paged import BlockTable, PagedStore
 from llmkit.inference.engine.scheduler import Row
-from llmkit.model.gpt import GPT, KVCache
+from llmkit.inference.packed import Network
+from llmkit.model.gpt import KVCache
 
 _ROOM = 64  # columns to go on in before the rows are gathered again
 
@@ -25,7 +26,7 @@ class Standing(KVCache):
 
     def __init__(self, store: PagedStore, table: BlockTable, rows: Sequence[Row], n_columns: int):
         counts = [row.n_computed for row in rows]
-        device, self.length = store.k_LNKE.device, max(counts)
+        device, self.length, self.max_len = store.k_LNKE.device, max(counts), n_columns
         self.rows, self.windows = list(rows), store.windows
         self._store, self._table = store, table
         self._lines_B = torch.tensor([row.line for row in rows], device=device)
@@ -61,15 +62,14 @@ class Standing(KVCache):
             self._see()
         return True
 
-    def forward(self, model: GPT) -> Tensor:
+    def forward(self, network: Network) -> Tensor:
         """Hidden states [B, 1, D] of every row's last token, whose keys and values are kept, in the store too."""
         device = self._lines_B.device
         ids_B1 = torch.tensor([row.tokens[-1:] for row in self.rows], device=device)
         positions_B1 = self.length - self._starts_B[:, None]
         self._places_B = self._table.places(self._lines_B, positions_B1)[:, 0]
         mask = None if self._seen_B11S is None else self._seen_B11S[..., : self.length + 1]
-        # Not model(...): a trainer may have compiled the module in place, and these shapes would recompile it.
-        return model.forward(ids_B1, positions_B1, mask, self)
+        return network.forward(ids_B1, positions_B1, mask, self)
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Stores one new column of one layer and returns its filled ones, from the first that it may see."""
@@ -85,7 +85,7 @@ class Standing(KVCache):
     def _gathered(self, store_LNKE: Tensor, places_BS: Tensor) -> Tensor:
         L, _, K, E = store_LNKE.shape
         B, S = places_BS.shape
-        x_LBKSE = store_LNKE.new_empty(L, B, K, len(self._columns_S), E)
+        x_LBKSE = store_LNKE.new_zeros(L, B, K, len(self._columns_S), E)
         for layer in range(L):
             x_BSKE = store_LNKE[layer].index_select(0, places_BS.flatten()).view(B, S, K, E)
             x_LBKSE[layer, :, :, :S] = x_BSKE.transpose(1, 2)
