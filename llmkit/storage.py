@@ -260,6 +260,13 @@ class Draft:
         require_free(final.parent, needed)
         disk.mkdir(self.folder)
 
+    @classmethod
+    def joined(cls, final: Path, name: str) -> Draft:
+        """The draft that another process has begun in a folder of this name, for files of this one's; the other commits."""
+        draft = cls.__new__(cls)
+        draft.final, draft.folder, draft.files = final, final.with_name(name), {}
+        return draft
+
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         path = self.folder / name
         if path.parent != self.folder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 PREEMPTED = 75
 
@@ -46,12 +46,9 @@ def _take_part(overrides: Sequence[str]) -> tuple[list[str], tuple[int, int] | N
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from llmkit.stages import load_recipe, stage_module
+    from llmkit.tools.plan import run
 
-    recipe = load_recipe(args.recipe, args.overrides)
-    for line in stage_module(recipe).plan(recipe):
-        print(line, flush=True)
-    return 0
+    return run(args)
 
 
 def _schema(args: argparse.Namespace) -> int:
@@ -63,11 +60,12 @@ def _schema(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe_command(commands: Any, name: str, run: Any, text: str) -> None:
+def _recipe_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("recipe", help="a YAML file; those under configs/ are found from any folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes values of the recipe: optim.lr=3e-4")
     parser.set_defaults(run=run)
+    return cast(argparse.ArgumentParser, parser)
 
 
 def add(commands: Any) -> None:
@@ -76,6 +74,16 @@ def add(commands: Any) -> None:
     _recipe_command(
         commands, "prepare", _prepare, "turn text into token shards (train does it when missing); part=I/N: job I of N"
     )
-    _recipe_command(commands, "plan", _plan, "parameters, memory, disk and tokens of a recipe, before anything runs")
+    plan = _recipe_command(
+        commands,
+        "plan",
+        _plan,
+        "parameters, memory, time and disk of a recipe, here or on a cluster, before anything runs",
+    )
+    plan.add_argument("--gpu", metavar="NAME", help="on GPUs of this kind: b200, h200, h100, a100, l40s, 4090")
+    plan.add_argument("--nodes", type=int, help="so many nodes (default: 1)")
+    plan.add_argument("--gpus", type=int, help="GPUs of a node (default: as its maker sells them)")
+    plan.add_argument("--network", type=float, metavar="GB/S", help="between nodes, for each GPU, one way")
+    plan.add_argument("--calibration", metavar="FILE", help="of this machine, made by scripts/bench/plan.py")
     schema = commands.add_parser("schema", help="JSON schema of all recipes, for completion in editors")
     schema.set_defaults(run=_schema)

@@ -49,6 +49,11 @@ class SequenceClassifier(nn.Module):
         columns_1T = torch.arange(T, device=ids_BT.device)[None]
         return self.score(self.model(ids_BT, columns_1T, None, T > 1, None))
 
+    def at_ends(self, ids_RT: Tensor, positions_RT: Tensor, mask: Tensor | None, ends_B: Tensor) -> Tensor:
+        """A causal model's scores [B, C] of sequences that share rows: at their last tokens, counted over all rows."""
+        hidden_RTD = self.model(ids_RT, positions_RT, mask, False, None)
+        return self.score(hidden_RTD.flatten(0, 1)[ends_B])
+
     def forward(self, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Scores [B, C].
 

@@ -76,7 +76,7 @@ def _without_aliases(state: Tensors) -> Tensors:
     places: set[tuple[Any, ...]] = set()
     kept = {}
     for name, t in state.items():
-        if t.numel() == 0 or _place(t) not in places:
+        if t.numel() == 0 or t.is_meta or _place(t) not in places:
             places.add(_place(t))
             kept[name] = t
     return kept

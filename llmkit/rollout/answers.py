@@ -101,7 +101,7 @@ class AnswerEval:
         """Has the model answer all questions, every rank its share, and writes out/answers.jsonl.
 
         Args:
-            model: as `engine.evaluating()` gives it.
+            model: as `engine.replica()` gives it.
             ctx: for ranks, folder and the stop flag, which is polled between batches by all ranks together.
             step: written beside the answers.
 

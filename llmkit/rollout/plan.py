@@ -6,25 +6,39 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llmkit.config import UserError
-from llmkit.model.config import GPTConfig, count_params
+from llmkit.model.config import GPTConfig
 from llmkit.model.hf import read_config
-from llmkit.plan import Cost, cost_of, require_memory
+from llmkit.plan import BYTES, Cost, cost_of, require_memory
+from llmkit.plan.job import Job, Net, Pass
 from llmkit.rollout.rewards.config import ModelReward
 from llmkit.stages.recipes.policy import PolicyRecipe
 from llmkit.storage import resolve_model
-from llmkit.tokenizer import Tokenizer
 from llmkit.training.dist import pick_device
-from llmkit.training.setup import model_config, row_len, trained_share
+from llmkit.training.jobs import frozen_net, job_of
+from llmkit.training.setup import most_rows, planned_config, row_len, trained_share
 
-BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+
+def _shape(recipe: PolicyRecipe) -> GPTConfig:
+    """The policy's."""
+    section = recipe.text_tokenizer
+    if section.path is None:
+        raise UserError("plan: the tokenizer is that of init_from, or a folder: this recipe names neither")
+    return planned_config(recipe)
+
+
+def _length(recipe: PolicyRecipe, config: GPTConfig) -> int:
+    """Prompt and answer together, at most."""
+    new, longest = recipe.rollout.max_new_tokens, row_len(recipe, config)
+    return longest if recipe.rollout.max_prompt_len is None else min(longest, recipe.rollout.max_prompt_len + new)
 
 
 def _cost(recipe: PolicyRecipe, config: GPTConfig) -> Cost:
-    length = row_len(recipe, config)
+    length = _length(recipe, config)
+    n_answers = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt // recipe.update.minibatches
     return cost_of(
         config,
         seq_len=length,
-        micro_tokens=max(length, recipe.batch.micro_tokens or 8192),
+        micro_tokens=min(most_rows(recipe, length), n_answers) * length,
         precision=recipe.precision,
         optimizer=recipe.optim.name,
         loss_chunk=recipe.loss_chunk,
@@ -33,6 +47,55 @@ def _cost(recipe: PolicyRecipe, config: GPTConfig) -> Cost:
         momentum=bool(recipe.optim.momentum),
         **trained_share(recipe, config),
     )
+
+
+def policy_nets(recipe: PolicyRecipe, critic: str | None) -> list[Net]:
+    """All that a run holds, the policy first; see `plan_policy`."""
+    shape, precision = _shape(recipe), recipe.precision
+    nets = [Net("policy", shape, precision, _cost(recipe, shape))]
+    if critic is not None:
+        other = read_config(resolve_model(critic)) if critic else shape
+        nets.append(Net("critic", other, precision, _cost(recipe, other)))
+    if recipe.kl.where != "none":
+        if recipe.reference is not None:
+            nets.append(frozen_net("reference", read_config(resolve_model(recipe.reference)), precision))
+        elif recipe.lora is None:
+            nets.append(frozen_net("reference", shape, precision))
+    for reward in recipe.rewards:
+        if isinstance(reward, ModelReward):
+            nets.append(frozen_net(f"reward model {reward.path}", read_config(resolve_model(reward.path)), precision))
+    return nets
+
+
+def policy_job(stage: str, recipe: PolicyRecipe, critic: str | None, asks_old: bool) -> Job:
+    """What a run does, spread over the optimizer steps that one rollout serves.
+
+    Args:
+        stage: its name.
+        recipe: its recipe.
+        critic: as in `plan_policy`.
+        asks_old: whether the policy is asked for its answers' log-probabilities before the updates.
+    """
+    nets, rollout, steps = policy_nets(recipe, critic), recipe.rollout, recipe.update.steps
+    policy, length = nets[0], _length(recipe, nets[0].model)
+    n, new = rollout.prompts_per_step * rollout.samples_per_prompt, rollout.max_new_tokens
+    in_update, tokens = n // recipe.update.minibatches, float(n * length) / steps
+    passes = [Pass(policy, "write", n * new / steps, length, min(n, rollout.batch_size), new)]
+    if asks_old:
+        passes.append(Pass(policy, "ask", tokens, length))
+    if recipe.kl.where != "none" and not any(net.role == "reference" for net in nets):
+        passes.append(Pass(policy, "ask", tokens, length))  # without its adapters
+    for net in nets[1:]:
+        passes.append(Pass(net, "ask", tokens, length, with_head=net.role == "reference"))
+    for net in nets:
+        if net.trained:
+            passes.append(Pass(net, "train", float(in_update * length), length, with_head=net is policy))
+
+    def micro(n_data: int) -> int:
+        return max(1, min(most_rows(recipe, length), in_update // n_data))
+
+    note = f"prompts of {length - new:,} tokens and answers of {new:,}: the longest there may be"
+    return job_of(stage, recipe, nets, passes, in_update, length, micro, [note])
 
 
 def plan_policy(recipe: PolicyRecipe, critic: str | None) -> Iterator[str]:
@@ -44,38 +107,31 @@ def plan_policy(recipe: PolicyRecipe, critic: str | None) -> Iterator[str]:
     Raises:
         UserError: when all is said, if what must be held can't fit here.
     """
-    section = recipe.text_tokenizer
-    if section.path is None:
-        raise UserError("plan: the tokenizer is that of init_from, or a folder: this recipe names neither")
-    path = resolve_model(section.path) if section.path == recipe.init_from else section.path
-    vocab = Tokenizer.from_config(section.model_copy(update={"path": str(path)})).vocab_size
-    policy = model_config(recipe, vocab)
-    width = BYTES[recipe.precision]
-    costs = _cost(recipe, policy)
-    held, steps = costs.state_bytes, recipe.update.steps
-    n = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
+    nets = policy_nets(recipe, critic)
+    policy, costs, width = nets[0].model, nets[0].cost, BYTES[recipe.precision]
+    held, checkpoint = sum(net.state_bytes for net in nets), sum(n.cost.checkpoint_bytes for n in nets if n.trained)
+    n, steps = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt, recipe.update.steps
     yield f"policy       {costs.n_params:,} parameters, {policy.family}: {costs.state_bytes / 1e9:.3f} GB to train"
-    checkpoint = costs.checkpoint_bytes
-    if critic is not None:
-        shape = read_config(resolve_model(critic)) if critic else policy
-        value = _cost(recipe, shape)
-        held, checkpoint = held + value.state_bytes, checkpoint + value.checkpoint_bytes
-        yield f"critic       {value.n_params:,} parameters: {value.state_bytes / 1e9:.3f} GB to train"
+    for net in nets[1:]:
+        if net.trained:
+            yield f"critic       {net.cost.n_params:,} parameters: {net.cost.state_bytes / 1e9:.3f} GB to train"
     if recipe.kl.where != "none":
-        n_bytes = 0 if recipe.lora is not None and recipe.reference is None else costs.n_params * width
-        held += n_bytes
-        told = f"{n_bytes / 1e9:.3f} GB" if n_bytes else "the policy without its adapters: nothing"
+        reference = [net.state_bytes for net in nets if net.role == "reference"]
+        told = f"{reference[0] / 1e9:.3f} GB" if reference else "the policy without its adapters: nothing"
         yield f"reference    {told}"
-    for reward in recipe.rewards:
-        if isinstance(reward, ModelReward):
-            n_bytes = count_params(read_config(resolve_model(reward.path))).total * width
-            held += n_bytes
-            yield f"reward model {reward.path}: {n_bytes / 1e9:.3f} GB"
+    for net in nets:
+        if net.role.startswith("reward model"):
+            yield f"{net.role}: {net.state_bytes / 1e9:.3f} GB"
     rows = min(n, recipe.rollout.batch_size)
-    cache = 2 * policy.n_layers * policy.kv_heads * policy.width_of_head * row_len(recipe, policy) * rows * width
+    cache = 2 * policy.n_layers * policy.kv_heads * policy.width_of_head * _length(recipe, policy) * rows * width
+    activations = max(net.cost.activation_bytes for net in nets if net.trained)
     yield f"rollout      {n:,} answers of at most {recipe.rollout.max_new_tokens:,} tokens; cache {cache / 1e9:.3f} GB"
     yield f"updates      {recipe.steps:,} in {-(-recipe.steps // steps):,} rollouts of {steps}"
-    peak = held + max(cache, costs.activation_bytes)
-    yield f"memory       {peak / 1e9:.3f} GB: {held / 1e9:.3f} held, and the larger of cache and activations"
+    peak = held + max(cache, activations)
+    yield (
+        f"memory       {peak / 1e9:.3f} GB: {held / 1e9:.3f} held, and the larger of cache and activations; "
+        f"{checkpoint / 1e9:.3f} GB more of main memory to save from"
+    )
     yield f"checkpoint   {checkpoint / 1e9:.3f} GB each, {recipe.save.keep + recipe.save.keep_best} kept"
-    require_memory(replace(costs, state_bytes=held), pick_device(recipe.device))
+    if recipe.parallel.shard == "none" and recipe.parallel.tensor == 1:
+        require_memory(replace(costs, state_bytes=held), pick_device(recipe.device))

@@ -9,30 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkit.config import Interrupted
+from llmkit.config import Interrupted, UserError
 from llmkit.data.chats import ChatRows, Chats
 from llmkit.data.loader import RowLoader, RowMaker
 from llmkit.distill.lessons import Lessons, Sources
 from llmkit.distill.on_policy import is_on_policy, own_answers, questions
 from llmkit.distill.teaching import attention_mask, load_teacher, precision_of, teacher_config
 from llmkit.distill.terms import Terms, described, student_of
-from llmkit.model.config import count_params
+from llmkit.model.config import GPTConfig, count_params
 from llmkit.model.files import model_files
 from llmkit.model.gpt import GPT
 from llmkit.model.heads import Distilled
-from llmkit.model.pruning import pruned
+from llmkit.model.pruning import pruned, student_config
 from llmkit.plan import flops_per_token, require_memory
+from llmkit.plan.job import Job
 from llmkit.rollout.answers import AnswerEval
 from llmkit.stages.recipes import DistillRecipe
 from llmkit.training.dist import Ranks, pick_device
 from llmkit.training.engine import PRECISIONS, Engine, LossFn, Metrics, seed_of
+from llmkit.training.jobs import frozen_net, parts_of, supervised_job
 from llmkit.training.loop import Context, Outcome, Stop, Task, train
 from llmkit.training.setup import (
     cost,
     describe_step,
     language_model,
     plan as plan_of,
+    planned_config,
     refuse_changes,
+    row_len,
+    rows_per_step,
     text_loader,
 )
 from llmkit.training.supervised import LOAD, HeldOut, held_out, supervised_step, write_samples
@@ -57,7 +62,7 @@ class DistillTask(Task):
         recipe = self.recipe
         self.lessons = Lessons(recipe, ctx.ranks, ctx.should_stop, ctx.log.say)
         self.tokenizer, self.model_config = self.lessons.tokenizer, self.lessons.model_config
-        require_memory(cost(recipe, self.model_config), ctx.ranks.device)
+        require_memory(cost(recipe, self.model_config), ctx.ranks.device, parts_of(recipe, ctx.ranks))
         self.flops_per_token = flops_per_token(self.model_config, self.lessons.row_len)
         self.lessons.prepare()
         self.terms = Terms(
@@ -69,12 +74,11 @@ class DistillTask(Task):
         )
 
     def build(self, ctx: Context) -> nn.Module:
-        recipe, lessons = self.recipe, self.lessons
+        recipe = self.recipe
         if recipe.cache is None and recipe.losses:
             self.terms.teacher = load_teacher(recipe, ctx.ranks)
-        rows = lessons.rows("train")
-        self.loader = text_loader(recipe, rows, ctx.ranks)
-        student = self._student(ctx, rows)
+        self.loader = self.open_rows(ctx)
+        student = self._student(ctx, self.loader.rows)
         if recipe.eval.answers is not None:
             self.answers = AnswerEval(
                 recipe.eval.answers,
@@ -89,8 +93,17 @@ class DistillTask(Task):
         self.eval_loss_fn = self.terms.loss_fn(recipe.losses, recipe.ce_weight, accuracy=True)
         if ctx.ranks.is_main:
             ctx.log.say(self._describe(self.loader))
+        apart = [t.label for t in recipe.losses if t.kind in ("attention", "relation")]
+        if apart and ctx.ranks.tensor > 1:
+            raise UserError(
+                f"parallel.tensor ({ctx.ranks.tensor}) with losses: {', '.join(apart)}: the student's heads lie in several "
+                "processes: use parallel.shard: full, or kind: hidden"
+            )
         projections = self.terms.projections(seed_of(recipe.seed, "projections"))
         return Distilled(student, projections) if len(projections) else student
+
+    def open_rows(self, ctx: Context) -> RowLoader:
+        return text_loader(self.recipe, self.lessons.rows("train"), ctx.ranks)
 
     def _student(self, ctx: Context, rows: RowMaker) -> GPT:
         recipe = self.recipe
@@ -152,7 +165,7 @@ class DistillTask(Task):
         assert loader is not None and isinstance(loader.rows, ChatRows)
         step = engine.data_step
         asked = questions(loader.rows, loader, step, length, recipe.seed)
-        with engine.evaluating() as module:
+        with engine.replica() as module:
             batches = own_answers(
                 student_of(module),
                 asked,
@@ -199,7 +212,7 @@ class DistillTask(Task):
         if split != "valid" or not all(map(math.isfinite, metrics.values())):
             return metrics  # of a loss that is not finite the loop ends the run: such a model answers nothing either
         if self.answers is not None:
-            with engine.evaluating() as module:
+            with engine.replica() as module:
                 graded = self.answers.evaluate(student_of(module), ctx, engine.step)
             if graded is None:
                 return None
@@ -251,6 +264,9 @@ def _figures(sums: HeldOut) -> Metrics:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+open_task = DistillTask  # `llmkit inspect`, `doctor` and `replay` open it
+
+
 def run(recipe: DistillRecipe) -> Outcome:
     """`llmkit train`."""
     task = DistillTask(recipe)
@@ -283,4 +299,25 @@ def plan(recipe: DistillRecipe) -> Iterator[str]:
     n, precision = count_params(teacher_config(recipe)).total, precision_of(recipe)
     told = "asked before training, and not held then" if recipe.cache is not None else "held beside what follows"
     yield f"teacher    {n / 1e6:.2f} M parameters, {n * PRECISIONS[precision].itemsize / 1e6:.0f} MB in {precision}; {told}"
-    yield from plan_of(recipe)
+    yield from plan_of(recipe, config=_planned(recipe))
+
+
+def _planned(recipe: DistillRecipe) -> GPTConfig:
+    """The student's shape."""
+    if recipe.from_teacher is None:
+        return planned_config(recipe)
+    return student_config(teacher_config(recipe), recipe.from_teacher)
+
+
+def job(recipe: DistillRecipe) -> Job:
+    """What `llmkit plan` reckons with."""
+    config = _planned(recipe)
+    needs_head = any(term.kind in ("soft", "uld") for term in recipe.losses)
+    teacher = frozen_net("teacher", teacher_config(recipe), precision_of(recipe))
+    asked = [(teacher, needs_head)] if recipe.cache is None and recipe.losses else []
+    length, notes, written = row_len(recipe, config), [], 0.0
+    if recipe.on_policy_frac:
+        n_tokens = rows_per_step(recipe, length) * length
+        written = recipe.on_policy_frac * min(n_tokens, n_tokens * recipe.on_policy.max_new_tokens / length)
+        notes.append("own answers: one to a row, as long as on_policy.max_new_tokens allows")
+    return supervised_job("distill", recipe, config=config, asked=asked, written=written, notes=notes)

@@ -26,12 +26,14 @@ from llmkit.model.files import model_files
 from llmkit.model.gpt import GPT
 from llmkit.model.weights import load_model
 from llmkit.plan import flops_per_token, require_memory
+from llmkit.plan.job import Job
 from llmkit.rollout.answers import AnswerEval
 from llmkit.stages.recipes import DPORecipe
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.dist import pick_device
 from llmkit.training.engine import PRECISIONS, Engine, Metrics, seed_of
+from llmkit.training.jobs import parts_of, supervised_job
 from llmkit.training.loop import Context, Outcome, Stop, train
 from llmkit.training.preferring import feedback_figures, feedback_loss, loss_at_start, mismatch_sum, pair_loss
 from llmkit.training.setup import (
@@ -63,7 +65,7 @@ class DPOTask(Task):
         self.recipe = recipe
         self.tokenizer: Tokenizer
         self.data: Data
-        self.reference: dict[str, list[NDArray[Any]] | None]
+        self.reference: dict[str, list[NDArray[Any]] | None] = dict.fromkeys(("train", "valid", "test"))
         self.loader: RowLoader | None = None
         self.answers: AnswerEval | None = None
         self.model_config: GPTConfig
@@ -71,27 +73,37 @@ class DPOTask(Task):
         self.flops_per_token = 0.0
         self.warned = False  # of better answers that become unlikely
 
-    def prepare(self, ctx: Context) -> None:
-        """Tokenizer, encoded answers, and what the reference says of them."""
+    def read(self, ctx: Context) -> None:
+        """Tokenizer and encoded answers."""
         recipe = self.recipe
         self.tokenizer, self.model_config, self.row_len = _basics(recipe, ctx.should_stop)
         if recipe.loss == "kto" and rows_per_step(recipe, self.row_len) < 2:
             raise UserError(
                 "batch.examples_per_step: kto sets answers against each other's prompts: at least 2 are needed"
             )
-        require_memory(cost(recipe, self.model_config), ctx.ranks.device)
+        require_memory(cost(recipe, self.model_config), ctx.ranks.device, parts_of(recipe, ctx.ranks))
         self.flops_per_token = flops_per_token(self.model_config, self.row_len)
         self.data = _answers(recipe, self.tokenizer, self.row_len, ctx.should_stop, ctx.log.say)
+
+    def prepare(self, ctx: Context) -> None:
+        """Tokenizer, encoded answers, and what the reference says of them."""
+        self.read(ctx)
         device = ctx.ranks.device
         self.reference = _reference(
-            recipe, self.data, self.tokenizer, self.model_config, self.row_len, device, ctx.should_stop, ctx.log.say
+            self.recipe,
+            self.data,
+            self.tokenizer,
+            self.model_config,
+            self.row_len,
+            device,
+            ctx.should_stop,
+            ctx.log.say,
         )
 
     def build(self, ctx: Context) -> nn.Module:
         recipe = self.recipe
         model = language_model(recipe, self.model_config, self.tokenizer.vocab_size, ctx.log.say)
-        weights = mixture_weights(recipe.data, [len(source) for source in self.data.train])
-        self.loader = self._loader("train", range(len(self.data.train)), ctx, weights)
+        self.loader = self.open_rows(ctx)
         if recipe.eval.answers is not None:
             self.answers = AnswerEval(
                 recipe.eval.answers,
@@ -104,6 +116,10 @@ class DPOTask(Task):
         if ctx.ranks.is_main:
             ctx.log.say(self._describe(self.loader))
         return model
+
+    def open_rows(self, ctx: Context) -> RowLoader:
+        weights = mixture_weights(self.recipe.data, [len(source) for source in self.data.train])
+        return self._loader("train", range(len(self.data.train)), ctx, weights)
 
     def _loader(self, split: str, which: Sequence[int], ctx: Context, weights: list[float] | None = None) -> RowLoader:
         """Rows of some of a split's sources to train on; without weights, to evaluate."""
@@ -164,9 +180,8 @@ class DPOTask(Task):
         A pass of its own, and not the sums of the step before: it is then exact, in the first step too, depends on
         neither micro-batches nor ranks, and nothing need be saved.
         """
-        engine.module.eval()
-        with torch.no_grad():
-            sums = [mismatch_sum(engine.module, batch.to(ctx.ranks.device)).total.item() for batch in batches]
+        with engine.replica(averaged=False) as module:
+            sums = [mismatch_sum(module, batch.to(ctx.ranks.device)).total.item() for batch in batches]
         total, n = ctx.ranks.sum_numbers(sum(sums), sum(b.denominator for b in batches))
         return max(0.0, total / n)
 
@@ -218,7 +233,7 @@ class DPOTask(Task):
             metrics |= {f"{name}/{key}": value for key, value in figures.items()}
         if split != "valid" or self.answers is None:
             return metrics
-        with engine.evaluating() as module:
+        with engine.replica() as module:
             assert isinstance(module, GPT)
             graded = self.answers.evaluate(module, ctx, engine.step)
         return None if graded is None else metrics | graded
@@ -374,6 +389,9 @@ def _texts(source: Preferences | FeedbackSequences, length: int) -> Texts:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+open_task = DPOTask  # `llmkit inspect`, `doctor` and `replay` open it
+
+
 def run(recipe: DPORecipe) -> Outcome:
     """`llmkit train`."""
     task = DPOTask(recipe)
@@ -403,3 +421,12 @@ def prepare(recipe: DPORecipe) -> bool | None:
 def plan(recipe: DPORecipe) -> Iterator[str]:
     """`llmkit plan`: what a run would cost, line by line."""
     return plan_of(recipe)
+
+
+def job(recipe: DPORecipe) -> Job:
+    """What `llmkit plan` reckons with."""
+    n_rows = 1 if recipe.loss == "kto" else 2
+    notes = [f"{n_rows} answer(s) to an example, each with its prompt as long as a row: real ones are shorter"]
+    if recipe.needs_reference:
+        notes.append("the reference is asked once, before training, and is not held then")
+    return supervised_job("dpo", recipe, rows_of_example=n_rows, notes=notes)

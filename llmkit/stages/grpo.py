@@ -22,8 +22,9 @@ from llmkit.advantages import (
 from llmkit.losses import LossSum, cispo, gspo, ppo_clip, reinforce
 from llmkit.losses.policy import Stats
 from llmkit.model.files import model_files
+from llmkit.plan.job import Job
 from llmkit.rollout.batch import PolicyBatch, Rollouts
-from llmkit.rollout.plan import plan_policy
+from llmkit.rollout.plan import plan_policy, policy_job
 from llmkit.stages.recipes import GRPORecipe
 from llmkit.training.engine import Engine, Metrics
 from llmkit.training.loop import Context, Outcome
@@ -123,7 +124,8 @@ class GRPOTask(PolicyTask):
         shared = super()._accept(engine, ctx)
 
         def accept(metrics: Metrics) -> bool:
-            metrics["idle"] = float(metrics["grad_norm"] == 0)
+            # Not == 0: where a row is computed by several processes, what cancels out leaves its rounding.
+            metrics["idle"] = float(metrics["grad_norm"] <= torch.finfo(engine.flat_grad.dtype).eps)
             return shared(metrics) and not metrics["idle"]
 
         return accept
@@ -148,6 +150,9 @@ def _varies(scores_N: Tensor, group_N: Tensor) -> Tensor:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+open_task = GRPOTask  # `llmkit inspect`, `doctor` and `replay` open it
+
+
 def run(recipe: GRPORecipe) -> Outcome:
     """`llmkit train`."""
     return run_policy(recipe, GRPOTask(recipe))
@@ -161,3 +166,8 @@ def prepare(recipe: GRPORecipe) -> bool | None:
 def plan(recipe: GRPORecipe) -> Iterator[str]:
     """`llmkit plan`: what a run would cost, line by line."""
     return plan_policy(recipe, critic=None)
+
+
+def job(recipe: GRPORecipe) -> Job:
+    """What `llmkit plan` reckons with."""
+    return policy_job("grpo", recipe, critic=None, asks_old=recipe.update.steps > 1)

@@ -18,8 +18,9 @@ from llmkit.model.gpt import GPT, init_weights
 from llmkit.model.heads import ActorCritic, SequenceClassifier, init_head
 from llmkit.model.hf import read_config
 from llmkit.model.weights import load_weights
+from llmkit.plan.job import Job
 from llmkit.rollout.batch import PolicyBatch, Rollouts
-from llmkit.rollout.plan import plan_policy
+from llmkit.rollout.plan import plan_policy, policy_job
 from llmkit.stages.recipes import PPORecipe
 from llmkit.storage import resolve_model
 from llmkit.training.engine import Engine, Metrics, seed_of
@@ -96,7 +97,7 @@ class PPOTask(PolicyTask):
     def credit(self, rollouts: Rollouts, engine: Engine, ctx: Context) -> tuple[Rollouts, Metrics]:
         """Values, rewards with the KL taken off, GAE."""
         recipe = self.recipe
-        critic = engine.module.critic
+        critic = engine.asked.critic
         assert isinstance(critic, SequenceClassifier)
         values = self.over_answers(
             rollouts, {"values_NT": lambda batch: critic.at_tokens(batch.ids_BT)[..., 0]}, engine, ctx
@@ -181,6 +182,9 @@ class PPOTask(PolicyTask):
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+open_task = PPOTask  # `llmkit inspect`, `doctor` and `replay` open it
+
+
 def run(recipe: PPORecipe) -> Outcome:
     """`llmkit train`."""
     return run_policy(recipe, PPOTask(recipe))
@@ -192,3 +196,8 @@ prepare = prepare_policy
 def plan(recipe: PPORecipe) -> Iterator[str]:
     """`llmkit plan`: what a run would cost, line by line."""
     return plan_policy(recipe, critic=recipe.critic.init_from or recipe.init_from or "")
+
+
+def job(recipe: PPORecipe) -> Job:
+    """What `llmkit plan` reckons with."""
+    return policy_job("ppo", recipe, critic=recipe.critic.init_from or recipe.init_from or "", asks_old=True)

@@ -18,9 +18,11 @@ from llmkit.model.config import GPTConfig
 from llmkit.model.files import model_files
 from llmkit.model.gpt import GPT
 from llmkit.plan import flops_per_token, require_memory
+from llmkit.plan.job import Job
 from llmkit.stages.recipes import PretrainRecipe
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.engine import Engine, Metrics, seed_of
+from llmkit.training.jobs import parts_of, supervised_job
 from llmkit.training.loop import Context, Outcome, Stop, Task, train
 from llmkit.training.setup import (
     cost,
@@ -69,7 +71,8 @@ class PretrainTask(Task):
         self.model_config = model_config(recipe, self.tokenizer.vocab_size)
         self._check_objective()
         self.row_len = row_len(recipe, self.model_config)
-        require_memory(cost(recipe, self.model_config), ctx.ranks.device)  # before the data is prepared for hours
+        # Before the data is prepared for hours.
+        require_memory(cost(recipe, self.model_config), ctx.ranks.device, parts_of(recipe, ctx.ranks))
         self.data = prepare_shards(recipe.data, self.tokenizer, should_stop=ctx.should_stop, progress=ctx.ranks.is_main)
         self.flops_per_token = flops_per_token(self.model_config, self.row_len)
 
@@ -86,12 +89,15 @@ class PretrainTask(Task):
     def build(self, ctx: Context) -> nn.Module:
         recipe, config = self.recipe, self.model_config
         model = language_model(recipe, config, self.tokenizer.vocab_size, ctx.log.say)
-        self.loader = self._loader(self.data.train, ctx)
+        self.loader = self.open_rows(ctx)
         self.held_out = {"valid": self.data.valid, "test": self.data.test}
         self.bytes_of_token: Tensor = byte_lengths(self.tokenizer, config.vocab_size or 0)
         if ctx.ranks.is_main:
             ctx.log.say(self._describe(self.loader))
         return model
+
+    def open_rows(self, ctx: Context) -> RowLoader:
+        return self._loader(self.data.train, ctx)
 
     def _rows(self, shards: list[TokenShards], ctx: Context, purpose: str) -> RowMaker:
         data, pin_memory = self.recipe.data, ctx.ranks.device.type == "cuda"
@@ -213,6 +219,9 @@ class PretrainTask(Task):
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+open_task = PretrainTask  # `llmkit inspect`, `doctor` and `replay` open it
+
+
 def run(recipe: PretrainRecipe) -> Outcome:
     """`llmkit train`."""
     task = PretrainTask(recipe)
@@ -241,3 +250,8 @@ def prepare(recipe: PretrainRecipe, part: tuple[int, int] | None = None) -> bool
     if told := data.report():
         print(told)
     return True
+
+
+def job(recipe: PretrainRecipe) -> Job:
+    """What `llmkit plan` reckons with."""
+    return supervised_job("pretrain", recipe)

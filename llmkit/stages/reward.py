@@ -21,10 +21,12 @@ from llmkit.model.heads import SequenceClassifier, init_head
 from llmkit.model.reward_facts import RewardFacts
 from llmkit.model.weights import load_weights
 from llmkit.plan import flops_per_token, require_memory
+from llmkit.plan.job import Job
 from llmkit.stages.recipes import RewardRecipe
 from llmkit.storage import replace_file, resolve_model, to_json
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.engine import Engine, Metrics, seed_of
+from llmkit.training.jobs import parts_of, supervised_job
 from llmkit.training.judging import Judging, Ranking, Sources, judging_of
 from llmkit.training.loop import Context, Outcome, Stop, Task, train
 from llmkit.training.setup import (
@@ -68,7 +70,7 @@ class RewardTask(Task):
         self.tokenizer = tokenizer_of(recipe, ctx.should_stop)
         self.model_config = _shape(recipe, self.tokenizer.vocab_size)
         self.row_len = row_len(recipe, self.model_config)
-        require_memory(cost(recipe, self.model_config, network), ctx.ranks.device)
+        require_memory(cost(recipe, self.model_config, network), ctx.ranks.device, parts_of(recipe, ctx.ranks))
         words = 6 * (self.model_config.vocab_size or 0) * self.model_config.d_model  # a head that is not there
         self.flops_per_token = flops_per_token(self.model_config, self.row_len) - words
         say = ctx.log.say if ctx.ranks.is_main else _quiet
@@ -90,12 +92,14 @@ class RewardTask(Task):
             )
             ctx.log.say(f"init_from  {report}")
             adapt(model, recipe, recipe.init_from, report, ctx.log.say)
-        train_set = self.judging.split("train")
-        weights = mixture_weights(recipe.data, [len(source) for source in train_set])
-        self.loader = self._loader(train_set, ctx, weights)
+        self.loader = self.open_rows(ctx)
         if ctx.ranks.is_main:
             ctx.log.say(self._describe(self.loader))
         return model
+
+    def open_rows(self, ctx: Context) -> RowLoader:
+        train_set = self.judging.split("train")
+        return self._loader(train_set, ctx, mixture_weights(self.recipe.data, [len(source) for source in train_set]))
 
     def _loader(self, sources: Sources, ctx: Context, weights: list[float] | None = None) -> RowLoader:
         """Rows to train on; without weights, rows to evaluate."""
@@ -165,7 +169,8 @@ class RewardTask(Task):
             return None
         answers, judged = self.judging.judged(self.judging.split("valid"), self.recipe.reference_limit)
         references = self.judging.references
-        scores = self._scores(engine.module, [*references, *answers], ctx)
+        with engine.replica(averaged=False) as module:
+            scores = self._scores(module, [*references, *answers], ctx)
         assert scores is not None
         of_references, leads_P = scores[: len(references)], replace(judged, scores_N=scores[len(references) :]).leads_P
         return RewardFacts(
@@ -197,7 +202,7 @@ class RewardTask(Task):
         if not answers:
             ctx.log.say("report     no pair was held out, so nothing can be said of this reward model: set data.valid")
             return True
-        with engine.evaluating() as module:
+        with engine.replica() as module:
             scores = self._scores(module, answers, ctx, ctx.all_should_stop)
         if scores is None:
             return False
@@ -270,6 +275,9 @@ def _quiet(line: str) -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+open_task = RewardTask  # `llmkit inspect`, `doctor` and `replay` open it
+
+
 def run(recipe: RewardRecipe) -> Outcome:
     """`llmkit train`."""
     task = RewardTask(recipe)
@@ -299,3 +307,10 @@ def prepare(recipe: RewardRecipe) -> bool | None:
 def plan(recipe: RewardRecipe) -> Iterator[str]:
     """`llmkit plan`: what a run would cost, line by line."""
     return plan_of(recipe, network)
+
+
+def job(recipe: RewardRecipe) -> Job:
+    """What `llmkit plan` reckons with."""
+    n_rows = 2 if recipe.objective == "rank" else 1
+    full = f"{n_rows} text(s) to an example, each as long as a row: real ones are shorter"
+    return supervised_job("reward", recipe, network, rows_of_example=n_rows, with_head=False, notes=[full])

@@ -16,10 +16,12 @@ from llmkit.model.config import GPTConfig
 from llmkit.model.files import model_files
 from llmkit.model.gpt import GPT
 from llmkit.plan import flops_per_token, require_memory
+from llmkit.plan.job import Job
 from llmkit.rollout.answers import AnswerEval
 from llmkit.stages.recipes import SftRecipe
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.engine import Engine, LossFn, Metrics
+from llmkit.training.jobs import parts_of, supervised_job
 from llmkit.training.loop import Context, Outcome, Stop, train
 from llmkit.training.setup import (
     cost,
@@ -99,7 +101,7 @@ class SftTask(Task):
         self.tokenizer = tokenizer_of(recipe, ctx.should_stop)
         self.model_config = model_config(recipe, self.tokenizer.vocab_size)
         self.row_len = row_len(recipe, self.model_config)
-        require_memory(cost(recipe, self.model_config), ctx.ranks.device)
+        require_memory(cost(recipe, self.model_config), ctx.ranks.device, parts_of(recipe, ctx.ranks))
         self.flops_per_token = flops_per_token(self.model_config, self.row_len)
         self.data = _chats(recipe, self.tokenizer, self.row_len, ctx.should_stop, ctx.log.say)
 
@@ -108,7 +110,7 @@ class SftTask(Task):
         model = language_model(recipe, config, self.tokenizer.vocab_size, ctx.log.say)
         if recipe.neftune_alpha is not None:
             self.loss_fn = EmbeddingNoise(model, recipe.neftune_alpha).around(self.loss_fn)
-        self.loader = self._loader(self.data.train, ctx)
+        self.loader = self.open_rows(ctx)
         self.held_out = {"valid": self.data.valid, "test": self.data.test}
         if recipe.eval.answers is not None:
             self.answers = AnswerEval(
@@ -122,6 +124,9 @@ class SftTask(Task):
         if ctx.ranks.is_main:
             ctx.log.say(self._describe(self.loader))
         return model
+
+    def open_rows(self, ctx: Context) -> RowLoader:
+        return self._loader(self.data.train, ctx)
 
     def _loader(self, sources: list[Chats], ctx: Context, held_out: bool = False) -> RowLoader:
         rows = ChatRows(
@@ -171,7 +176,7 @@ class SftTask(Task):
         if not all(map(math.isfinite, metrics.values())):
             return metrics  # the loop ends the run: a model like this answers nothing either
         if self.answers is not None:
-            with engine.evaluating() as module:
+            with engine.replica() as module:
                 assert isinstance(module, GPT)
                 graded = self.answers.evaluate(module, ctx, engine.step)
             if graded is None:
@@ -246,6 +251,9 @@ def _chats(recipe: SftRecipe, tokenizer: Tokenizer, length: int, should_stop: An
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+open_task = SftTask  # `llmkit inspect`, `doctor` and `replay` open it
+
+
 def run(recipe: SftRecipe) -> Outcome:
     """`llmkit train`."""
     task = SftTask(recipe)
@@ -272,3 +280,11 @@ def prepare(recipe: SftRecipe) -> bool | None:
                 f"{_n_trained(chats):,} of them learnt; {chats.n_dropped:,} left out, {chats.n_cut:,} cut"
             )
     return True
+
+
+def job(recipe: SftRecipe) -> Job:
+    """What `llmkit plan` reckons with."""
+    notes = [] if recipe.train_on == "all" else ["every token is learnt: the loss passes over those that aren't"]
+    if not recipe.data.packing:
+        notes.append("every conversation is as long as a row: real ones are shorter")
+    return supervised_job("sft", recipe, notes=notes)

@@ -2,11 +2,12 @@
 
 A save first copies every tensor into buffers that live as long as the run (the only time training waits for), then
 writes the files, in a thread if asked. At most one save is under way; an error in the thread is raised by the next call
-here.
+here. Where a model is spread over processes each writes files of its own into one folder, and process 0 commits it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -20,6 +21,7 @@ from torch import Tensor
 from llmkit.config import MachineError
 from llmkit.model.weights import read_tensors
 from llmkit.storage import Draft, machine_errors, retain, step_name, to_json, why
+from llmkit.training.team import Team
 
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {
@@ -78,18 +80,32 @@ def index_of(shards: dict[str, Tensors]) -> bytes:
     return to_json({"metadata": {"total_size": total}, "weight_map": names}).encode()
 
 
-class Checkpointer:
-    """Writes a run's checkpoints and finds the newest good one. Only rank 0 has one that writes."""
+def whole_name(file: str) -> str:
+    """The file of which this may be one part of several."""
+    return re.sub(r"-\d{5,}-of-\d{5,}\.safetensors$", ".safetensors", file)
 
-    def __init__(self, run: Path, keep: int, asynchronous: bool, before_commit: Callable[[], None] = lambda: None):
+
+class Checkpointer:
+    """Writes a run's checkpoints. Where every process has the whole model, only that of process 0 does."""
+
+    def __init__(
+        self,
+        run: Path,
+        keep: int,
+        asynchronous: bool,
+        before_commit: Callable[[], None] = lambda: None,
+        team: Team | None = None,
+    ):
         """
         Args:
             run: the run's folder.
             keep: the newest checkpoints that stay; the best stays too if `save` names it.
             asynchronous: write in a thread.
             before_commit: called when the files are written: syncs the logs, so that no checkpoint is ahead of them.
+            team: the processes that write one checkpoint together; None: this one alone.
         """
         self.run, self.keep, self.asynchronous, self.before_commit = run, keep, asynchronous, before_commit
+        self.team = team
         self._buffers: dict[str, Tensors] = {}
         self._thread: threading.Thread | None = None
         self._reserving: threading.Thread | None = None
@@ -123,30 +139,45 @@ class Checkpointer:
 
     def save(
         self, step: int, tensors: dict[str, Tensors], blobs: dict[str, bytes], facts: dict[str, Any],
-        keep_also: Collection[int] = (), wait: bool = False,
+        keep_also: Collection[int] = (), wait: bool = False, n_bytes: int = 0,
     ) -> None:  # fmt: skip
         """Saves one checkpoint.
 
         Args:
             step: names the folder.
-            tensors: file name -> tensors, on any device; copied before this returns.
+            tensors: file name -> tensors, on any device; copied before this returns. In a team: this process's files,
+                copies that nobody else changes.
             blobs: file name -> content of the small files.
             facts: goes into the manifest.
             keep_also: steps whose checkpoints are kept whatever their age.
             wait: returns only when the checkpoint is on disk.
+            n_bytes: of the tensors of all, in a team.
 
         Raises:
             MachineError: no space, or a file operation failed. Older checkpoints are untouched, nothing is left over.
         """
         self.wait()
-        self._snapshot(tensors)
+        if self.team is None:
+            self._snapshot(tensors)
+            write = functools.partial(self._write, step, blobs, facts, keep_also)
+        else:
+            n_bytes += sum(len(b) for b in blobs.values()) + (1 << 16)
+            write = functools.partial(self._write_together, step, tensors, blobs, facts, keep_also, n_bytes)
         if self.asynchronous and not wait:
-            self._thread = threading.Thread(
-                target=self._write_safely, args=(step, blobs, facts, keep_also), name="save"
-            )
+            self._thread = threading.Thread(target=self._write_safely, args=(write,), name="save")
             self._thread.start()
         else:
-            self._write(step, blobs, facts, keep_also)
+            write()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has died: `wait` raises what of."""
+        return self._error is not None
+
+    def give_up(self) -> None:
+        """Tells the save under way that other processes may be gone: it waits for them for some seconds only."""
+        if self.team is not None:
+            self.team.give_up()
 
     @torch.no_grad()
     def _snapshot(self, tensors: dict[str, Tensors]) -> None:
@@ -163,9 +194,9 @@ class Checkpointer:
         if any(t.device.type == "cuda" for source in tensors.values() for t in source.values()):
             torch.cuda.synchronize()
 
-    def _write_safely(self, *args: Any) -> None:
+    def _write_safely(self, write: Callable[[], None]) -> None:
         try:
-            self._write(*args)
+            write()
         except BaseException as e:  # handed to the training thread, which raises it
             self._error = e
 
@@ -192,16 +223,45 @@ class Checkpointer:
         except OSError as e:
             if draft is not None:
                 draft.discard()
-            at, reason = e.filename or final, why(e, self.run)
-            raise MachineError(
-                f"{at}: the checkpoint of step {step} ({size:,} bytes) could not be written: {reason}"
-            ) from e
+            raise self._told(e, step, size) from e
         except MachineError:
             if draft is not None:
                 draft.discard()
             raise
         with machine_errors(final.parent):
             retain(self.run, self.keep, keep_also)
+
+    def _told(self, error: OSError, step: int, size: int) -> MachineError:
+        at = error.filename or self.run / "checkpoints" / step_name(step)
+        reason = why(error, self.run)
+        return MachineError(f"{at}: the checkpoint of step {step} ({size:,} bytes) could not be written: {reason}")
+
+    def _write_together(
+        self, step: int, files: dict[str, Tensors], blobs: dict[str, bytes], facts: dict[str, Any],
+        keep_also: Collection[int], n_bytes: int,
+    ) -> None:  # fmt: skip
+        """This process's part of a checkpoint. It is there for all or for none: process 0 commits when it has heard of all
+        files of the others, and discards everything if one of them failed."""
+        assert self.team is not None
+        final = self.run / "checkpoints" / step_name(step)
+
+        def begin(name: str | None) -> Draft:
+            return Draft(final, n_bytes) if name is None else Draft.joined(final, name)
+
+        def fill(draft: Draft) -> None:
+            for file, tensors in files.items():
+                draft.write(file, safetensors_chunks(tensors))
+            for file, content in blobs.items():
+                draft.write(file, [content])
+
+        def commit(draft: Draft) -> None:
+            self.before_commit()
+            draft.commit({**facts, "step": step})
+
+        self.team.write(begin, fill, commit, lambda e: self._told(e, step, n_bytes))
+        if self.team.is_main:
+            with machine_errors(final.parent):
+                retain(self.run, self.keep, keep_also)
 
 
 def non_finite(tensors: dict[str, Tensors]) -> list[str]:
@@ -217,6 +277,5 @@ def load(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     tensors: dict[str, Tensors] = {}
     for file in sorted(folder.rglob("*.safetensors")):
         name = file.relative_to(folder).as_posix()
-        group = re.sub(r"model-\d+-of-\d+\.safetensors$", "model.safetensors", name)
-        tensors.setdefault(group, {}).update(read_tensors(file))
+        tensors.setdefault(whole_name(name), {}).update(read_tensors(file))
     return tensors, json.loads((folder / "trainer_state" / "state.json").read_bytes())

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmkit.config import Config
+from llmkit.config import Config, flatten
 from llmkit.inference.config import SamplingConfig
 from llmkit.rollout.rewards.config import AnswersConfig
+
+# Keys that change neither the samples nor what is optimised: they may differ on resume without a word.
+FREE_KEYS = (
+    "out",
+    "stop_at",
+    "allow_changes",
+    "parallel.",
+    "liveness.",
+    "save.",
+    "log.",
+    "eval.samples.",
+    "data.workers",
+    "data.cache_dir",
+)
 
 
 class BatchConfig(Config):
@@ -174,6 +188,38 @@ class GuardConfig(Config):
         return self
 
 
+class ParallelConfig(Config):
+    """How one model is spread over the ranks that torchrun starts. Changes memory and speed, not results."""
+
+    shard: Literal["none", "full", "hybrid"] = "none"
+    """Weights, gradients and optimizer state: whole on every rank; in equal shares over all (FSDP2); or in shares
+    within a group of ranks, of which there are `replicas`."""
+    replicas: int | None = Field(None, ge=1)
+    """hybrid: how many groups hold a whole model each. Default: one on every node."""
+    tensor: int = Field(1, ge=1)
+    """Ranks that compute one row together, each with its share of heads and of the MLP's width: neighbours, of one node."""
+
+    @model_validator(mode="after")
+    def _sharded(self) -> ParallelConfig:
+        if self.replicas is not None and self.shard != "hybrid":
+            raise ValueError(f"replicas ({self.replicas}) belongs to shard: hybrid (shard is {self.shard})")
+        return self
+
+
+class LivenessConfig(Config):
+    """With several ranks: how long one may show no sign of life before the job is ended with a sentence that names it.
+
+    A rank that died on the same machine is noticed within seconds, whatever is said here.
+    """
+
+    stopped_s: float = Field(20.0, ge=3)
+    """Seconds for which a process on the same machine may be stopped (SIGSTOP, a debugger)."""
+    silent_s: float = Field(60.0, ge=5)
+    """Seconds for which another machine, or the rendezvous store, may be silent."""
+    stalled_s: float = Field(600.0, ge=5)
+    """Seconds for which the others may wait for a rank that lives but does not come to the same collective."""
+
+
 class RunConfig(Config):
     """What every stage's recipe shares."""
 
@@ -191,6 +237,8 @@ class RunConfig(Config):
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
     guard: GuardConfig = GuardConfig()
+    liveness: LivenessConfig = LivenessConfig()
+    parallel: ParallelConfig = ParallelConfig()
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained: names, their beginnings up to a dot, or globs: layers.0-3, embed_tokens, *norm*."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -230,3 +278,9 @@ class RunConfig(Config):
     @property
     def save_every(self) -> int | None:
         return self.save.every or self.eval.every
+
+
+def said(config: RunConfig) -> dict[str, Any]:
+    """What a recipe says beyond the defaults, flat, of that which changes results."""
+    told = flatten(config.model_dump(mode="json", exclude_defaults=True))
+    return {key: value for key, value in told.items() if not f"{key}.".startswith(FREE_KEYS)}

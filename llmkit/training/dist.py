@@ -1,14 +1,16 @@
 """The process group: the only file that reads RANK and WORLD_SIZE.
 
-With one process every method is a no-op, so callers never ask how many there are.
+With one process every method is a no-op, so callers never ask how many there are. Under tensor parallelism several
+processes compute the same rows: they share a rank here, which says what data is read, and sums over ranks count it once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +22,8 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from llmkit.config import MachineError, UserError
+from llmkit.training.config import LivenessConfig
+from llmkit.training.liveness import ElsewhereError, Liveness, noted
 
 
 @dataclass(frozen=True)
@@ -27,19 +31,52 @@ class Ranks:
     """This process's place among all of them, and the device it computes on."""
 
     rank: int = 0
+    """Which share of the data it reads; the same for processes that compute rows together."""
     world: int = 1
+    """Into how many shares the data is cut."""
     local_rank: int = 0
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     store: Any = None
+    tensor: int = 1
+    """How many processes compute each row together; process number rank * tensor + place is this one."""
+    place: int = 0
+    """This process's among those."""
+    mesh: Any = None
+    """PyTorch's DeviceMesh with the dimensions `data` and `tensor`; None while `tensor` is 1."""
+    liveness: Liveness | None = None
+    """Who looks whether the other processes are alive; None: nobody."""
+    per_node: int = 1
+    """Processes on this machine."""
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self.process == 0
 
+    @property
+    def process(self) -> int:
+        """This process's number among all of them."""
+        return self.rank * self.tensor + self.place
+
+    @property
+    def processes(self) -> int:
+        return self.world * self.tensor
+
+    @property
+    def data_group(self) -> Any:
+        """One process of each rank; None: all processes."""
+        return None if self.mesh is None else self.mesh["data"].get_group()
+
+    @property
+    def tensor_group(self) -> Any:
+        """The processes that share this one's rows."""
+        assert self.mesh is not None
+        return self.mesh["tensor"].get_group()
+
+    @noted()
     def sum_(self, tensor: Tensor) -> Tensor:
         """Adds a tensor up over all ranks, in place: every rank gets the same bits."""
         if self.world > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.data_group)
         return tensor
 
     def sum_numbers(self, *numbers: float) -> list[float]:
@@ -49,13 +86,14 @@ class Ranks:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return list(self.sum_(torch.tensor(numbers, dtype=dtype, device=self.device)).tolist())
 
+    @noted()
     def max_number(self, number: float) -> float:
         """The largest of the ranks' numbers."""
         if self.world == 1:
             return number
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         largest = torch.tensor(number, dtype=dtype, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.data_group)
         return float(largest.item())
 
     def sum_hash(self, value: int) -> int:
@@ -66,9 +104,14 @@ class Ranks:
         high, low = self.sum_(torch.tensor(parts, dtype=torch.int64, device=self.device)).tolist()
         return ((high << 32) + low) % 2**63
 
+    @noted()
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank; all ranks get the same answer and so act together."""
-        return bool(self.sum_(torch.tensor(int(flag), device=self.device)).item()) if self.world > 1 else flag
+        """Whether the flag is set in at least one process; all get the same answer and so act together."""
+        if self.processes == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.SUM)
+        return bool(flags.item())
 
     def concat(self, tensor: Tensor) -> Tensor:
         """The ranks' one-dimensional tensors, of any lengths, one after the other, on every rank."""
@@ -90,7 +133,7 @@ class Ranks:
         except Exception as e:
             error = e
         if self.any(error is not None):
-            raise error or MachineError(f"rank {self.rank}: another rank failed: see its message")
+            raise error or ElsewhereError(f"rank {self.process}: another rank failed: see its message")
         return result
 
     def shard(self, layers: nn.ModuleList) -> None:
@@ -103,25 +146,28 @@ class Ranks:
         for layer in layers:
             fully_shard(layer, reshard_after_forward=True)
 
+    @noted()
     def from_main(self, value: Any) -> Any:
         """Rank 0's value (JSON) on every rank."""
-        if self.world == 1:
+        if self.processes == 1:
             return value
         text = json.dumps(value).encode() if self.is_main else b""  # torch's own way for objects is pickle
-        size = self.sum_(torch.tensor(len(text), device=self.device))
+        size = torch.tensor(len(text), device=self.device)
+        dist.broadcast(size, src=0)
         data = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
         if self.is_main:
             data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         dist.broadcast(data, src=0)
         return json.loads(bytes(data.tolist()))
 
+    @noted(patient=True)
     def main_first(self, name: str, work: Callable[[], Any], shared: type[Exception]) -> Any:
         """Runs `work` on rank 0 and then, when it is done, on the others, which find its files ready.
 
         The others wait at the store, not in a collective, so that hours of preparation run into no time limit. An
         exception of the type `shared` on rank 0 is raised on all ranks; another one fails them.
         """
-        if self.world == 1:
+        if self.processes == 1:
             return work()
         if self.is_main:
             try:
@@ -137,11 +183,35 @@ class Ranks:
         if outcome == b"shared":
             raise shared(f"rank 0 said so in '{name}'")
         if outcome != b"done":
-            raise MachineError(f"rank 0 failed in '{name}': see its message")
+            raise ElsewhereError(f"rank 0 failed in '{name}': see its message")
         return work()
 
+    def at(self, step: int) -> None:
+        """Notes which step this process works on."""
+        if self.liveness is not None:
+            self.liveness.step = step
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around all that the ranks do together. Leaves the group at the end.
+
+        Raises:
+            MachineError: another rank was the cause of what this one failed of; it names that rank.
+        """
+        try:
+            yield
+        except Exception as e:
+            verdict = self.liveness.blame(e) if self.liveness is not None else None
+            if verdict is not None:
+                raise MachineError(verdict) from e
+            raise
+        finally:
+            self.close()
+
     def close(self) -> None:
-        if self.world > 1 and dist.is_initialized():
+        if self.liveness is not None:
+            self.liveness.close()
+        if self.processes > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -162,22 +232,45 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def connect(device: str, timeout_s: float = 600.0) -> Ranks:
+def connect(device: str, timeout_s: float = 600.0, tensor: int = 1, limits: LivenessConfig | None = None) -> Ranks:
     """Joins the process group that torchrun describes, or stays alone.
 
     Args:
         device: as in the recipe.
         timeout_s: how long a collective may wait before the job is ended.
+        tensor: how many neighbouring processes compute each row together.
+        limits: how long a process may show no sign of life; None: nobody looks.
+
+    Raises:
+        UserError: the processes can't be grouped so.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     picked = pick_device(device, local_rank)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
+    if world % tensor:
+        raise UserError(
+            f"parallel.tensor ({tensor}) does not divide the {world} process(es) that were started: start a multiple of it"
+        )
     if world == 1:
         return Ranks(device=picked)
     meeting = rendezvous("env://", rank, world, timeout=timedelta(seconds=timeout_s))
     store, rank, world = next(iter(meeting))
+    # A torchrun that starts its ranks again keeps the store, with addresses and verdicts of the start before.
+    store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
-    return Ranks(rank, world, local_rank, picked, PrefixStore("llmkit", store))
+    mesh = None
+    if tensor > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh(picked.type, (world // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    liveness = None
+    if limits is not None:  # on a connection of its own: who waits at the store must not hold up the sign of life
+        liveness = Liveness(PrefixStore("alive", store.clone()), rank, world, local_rank, limits).start()  # type: ignore[attr-defined]
+    ours = PrefixStore("llmkit", store)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return Ranks(
+        rank // tensor, world // tensor, local_rank, picked, ours, tensor, rank % tensor, mesh, liveness, per_node
+    )

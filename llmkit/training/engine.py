@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
+import itertools
 import math
 import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -26,6 +29,8 @@ from llmkit.training.dist import Ranks
 from llmkit.training.guard import Guard, learnt_windows
 from llmkit.training.norms import LayerNorms, NoiseScale
 from llmkit.training.optim import Optimizer, Part, check_named, copy_named, ema_decay, learning_rate
+from llmkit.training.parallel import Split, is_spread, local
+from llmkit.training.wholes import Wholes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 Metrics = dict[str, float]
@@ -105,29 +110,27 @@ class Engine:
         self.stats: dict[str, Tensor] = {}  # of the last step: `LossSum.stats` summed over micro-batches and ranks
         self.dtype = PRECISIONS[config.precision]
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if self.dtype == wide:
-            self.module = module.to(device=self.ranks.device, dtype=wide)
-            self.masters = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
-        else:
-            # The masters first: what is frozen needs none, and must not pass through fp32 on its way.
-            self.masters = {
-                n: p.detach().to(device=self.ranks.device, dtype=wide, copy=True)
-                for n, p in module.named_parameters()
-                if p.requires_grad
-            }
-            self.module = module.to(device=self.ranks.device, dtype=self.dtype)  # new storage, the same parameters
+        self.module = module
+        self.split: Split | None = None
+        """Which part of every tensor here is this process's, where it has not all of the model."""
+        if is_spread(config.parallel, self.ranks):
+            self.split = Split(module, config, self.ranks, self.dtype, wide)
+        self.masters = self._masters(wide)
         trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self.parameters = trained
-        self.flat_grad = torch.zeros(sum(t.numel() for t in trained.values()), dtype=wide, device=self.ranks.device)
-        pieces = self.flat_grad.split([t.numel() for t in trained.values()])
-        self.grads = {n: g.view(p.shape) for (n, p), g in zip(trained.items(), pieces, strict=True)}
+        self.parameters = {n: self._own(p) for n, p in trained.items()}
+        """What is computed with, in the same memory: the masters themselves, or rounded copies."""
+        self.flat_grad = torch.zeros(
+            sum(t.numel() for t in self.masters.values()), dtype=wide, device=self.ranks.device
+        )
+        pieces = self.flat_grad.split([t.numel() for t in self.masters.values()])
+        self.grads = {n: g.view(t.shape) for (n, t), g in zip(self.masters.items(), pieces, strict=True)}
         self._first = dict.fromkeys(trained, True)
         for name, p in trained.items():
             p.register_post_accumulate_grad_hook(self._collector(name))
         self.parts = (Part("", 1.0, config.optim.clip),) if parts is None else tuple(parts)
-        self.optimizer = Optimizer(config.optim, self.masters, self.module, self.parts)
+        self.optimizer = Optimizer(config.optim, self.masters, self.module, self.parts, self.split)
         owners = {n: next(p.prefix for p in self.parts if n.startswith(p.prefix)) for n in trained}
-        sizes = [sum(t.numel() for n, t in trained.items() if owners[n] == p.prefix) for p in self.parts]
+        sizes = [sum(t.numel() for n, t in self.masters.items() if owners[n] == p.prefix) for p in self.parts]
         self._flat_parts = dict(zip((p.prefix for p in self.parts), self.flat_grad.split(sizes), strict=True))
         self.ema = {n: t.clone() for n, t in self.masters.items()} if config.optim.ema_decay else {}
         self.loss_scale, self.good_steps = (2.0**16 if config.precision == "fp16" else 1.0), 0
@@ -135,6 +138,33 @@ class Engine:
         self.refused: list[Refused] = []  # what the guard has left out, for the loop to tell of and to clear
         self.noise = NoiseScale(self.ranks) if config.log.gradient_noise else None
         self.watched: Metrics = {}  # numbers of the last step that only the log wants: norms of layers, the noise
+        self._replica: nn.Module | None = None
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """This process's numbers of a parameter or its gradient, in the same memory."""
+        return tensor.detach() if self.split is None else local(tensor).detach()
+
+    def _masters(self, wide: torch.dtype) -> dict[str, Tensor]:
+        """Moves the module to its device and precision; returns what the optimizer updates.
+
+        Shares of FSDP2 are wide, and are rounded when they are put together: they are masters themselves.
+        """
+        device, sharded = self.ranks.device, frozenset() if self.split is None else self.split.sharded
+        if self.dtype == wide:
+            self.module.to(device=device, dtype=wide)
+            return {n: self._own(p) for n, p in self.module.named_parameters() if p.requires_grad}
+        # The masters first: what is frozen needs none, and must not pass through fp32 on its way.
+        masters = {
+            n: self._own(p) if n in sharded else p.detach().to(device=device, dtype=wide, copy=True)
+            for n, p in self.module.named_parameters()
+            if p.requires_grad
+        }
+        if not sharded:
+            self.module.to(device=device, dtype=self.dtype)  # new storage, the same parameters
+        for name, p in self.module.named_parameters() if sharded else ():
+            if name not in sharded:
+                p.data = p.data.to(device=device, dtype=self.dtype)
+        return masters
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         """Moves a gradient into the flat buffer as soon as autograd has it, and frees it."""
@@ -142,13 +172,14 @@ class Engine:
         def collect(p: Tensor) -> None:
             if p.grad is None:  # autograd has been there, and found that nothing of the loss depends on it
                 return
+            grad = self._own(p.grad)
             if self.noise is not None:
-                self.noise.see(p.grad)
+                self.noise.see(grad)
             if self._first[name]:
-                self.grads[name].copy_(p.grad)
+                self.grads[name].copy_(grad)
                 self._first[name] = False
             else:
-                self.grads[name].add_(p.grad)
+                self.grads[name].add_(grad)
             p.grad = None
 
         return collect
@@ -182,37 +213,8 @@ class Engine:
             raise UserError(f"step {self.step + 1}: no position of the batch is trained on")
         if self.noise is not None:
             self.noise.begin(batches)
-        self._first, self.watched = dict.fromkeys(self._first, True), {}
-        parts: dict[str, Tensor] = {}
-        stats: dict[str, Tensor] = {}
-        sums_dtype = torch.float32 if self.ranks.device.type == "mps" else torch.float64  # MPS has no fp64
-        self.module.train()
-        for i, batch in enumerate(batches):
-            # Dropout is a function of (seed, step, micro-batch, rank): a resumed run draws what it would have drawn.
-            torch.manual_seed(seed_of(self.config.seed, "dropout", self.step, i, self.ranks.rank))
-            out = loss_fn(self.module, batch.to(self.ranks.device))
-            (out.total * (self.loss_scale / denominator)).backward()
-            if self.noise is not None:
-                self.noise.end_micro(batch.denominator)
-            for name, value in out.parts.items():
-                value = value.detach().to(sums_dtype)
-                parts[name] = parts[name] + value if name in parts else value
-            for name, value in out.stats.items():
-                value = value.detach().to(sums_dtype if value.is_floating_point() else torch.int64)
-                stats[name] = stats[name] + value if name in stats else value
-        for name, untouched in self._first.items():
-            if untouched:  # no micro-batch of this rank reached the parameter
-                self.grads[name].zero_()
-        for prefix in resting:
-            self._flat_parts[prefix].zero_()
-        self.ranks.sum_(self.flat_grad)
-        self.stats = {name: self.ranks.sum_(value.contiguous()) for name, value in stats.items()}
-        sums = self.ranks.sum_numbers(*(v.item() for v in parts.values()))
-        metrics: Metrics = {name: s / denominator for name, s in zip(parts, sums, strict=True)}
-        metrics["grad_norm"] = torch.linalg.vector_norm(self.flat_grad).item() / self.loss_scale
-        if len(self.parts) > 1:
-            for prefix, flat in self._flat_parts.items():
-                metrics[f"{prefix.rstrip('.')}/grad_norm"] = torch.linalg.vector_norm(flat).item() / self.loss_scale
+        self.watched = {}
+        metrics = self._gradients(batches, loss_fn, denominator, resting) | self._norms()
         metrics["lr"] = learning_rate(self.config.optim, self.step, self.config.steps)
         metrics["denominator"] = denominator
         finite = all(math.isfinite(v) for v in metrics.values())
@@ -233,6 +235,66 @@ class Engine:
                 self.guard.accept(self.step + 1, metrics["loss"], metrics["grad_norm"])
         return {**metrics, **self._finish_step()}
 
+    def _gradients(
+        self, batches: Sequence[MicroBatch], loss_fn: LossFn, denominator: float, resting: Collection[str]
+    ) -> Metrics:
+        """Forward and backward of every micro-batch, and sums over ranks: fills `grads` and `stats`, returns the parts of
+        the loss per unit of the denominator."""
+        self._first = dict.fromkeys(self._first, True)
+        parts: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        sums_dtype = torch.float32 if self.ranks.device.type == "mps" else torch.float64  # MPS has no fp64
+        self.module.train()
+        for i, batch in enumerate(self._as_many(batches)):
+            # Dropout is a function of (seed, step, micro-batch, rank): a resumed run draws what it would have drawn.
+            torch.manual_seed(seed_of(self.config.seed, "dropout", self.step, i, self.ranks.rank))
+            out = loss_fn(self.module, batch.to(self.ranks.device))
+            if i >= len(batches):
+                (out.total * 0.0).backward()
+                continue
+            (out.total * (self.loss_scale / denominator)).backward()
+            if self.noise is not None:
+                self.noise.end_micro(batch.denominator)
+            for name, value in out.parts.items():
+                value = value.detach().to(sums_dtype)
+                parts[name] = parts[name] + value if name in parts else value
+            for name, value in out.stats.items():
+                value = value.detach().to(sums_dtype if value.is_floating_point() else torch.int64)
+                stats[name] = stats[name] + value if name in stats else value
+        for name, untouched in self._first.items():
+            if untouched:  # no micro-batch of this rank reached the parameter
+                self.grads[name].zero_()
+        for prefix in resting:
+            self._flat_parts[prefix].zero_()
+        if self.split is None:
+            self.ranks.sum_(self.flat_grad)
+        else:
+            self.split.sum_gradients(self.flat_grad, self.grads)
+        self.stats = {name: self.ranks.sum_(value.contiguous()) for name, value in stats.items()}
+        sums = self.ranks.sum_numbers(*(v.item() for v in parts.values()))
+        return {name: s / denominator for name, s in zip(parts, sums, strict=True)}
+
+    def _as_many(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """A rank's micro-batches. Where weights are in shares all ranks must make as many passes, since each puts every
+        layer together: a rank that has fewer repeats its last one, whose gradient counts nothing."""
+        if self.split is None:
+            return batches
+        return [*batches, *[batches[-1]] * (int(self.ranks.max_number(len(batches))) - len(batches))]
+
+    def _norms(self) -> Metrics:
+        """L2 norms of the gradient: of all, and where there are several parts of each."""
+        if self.split is None:
+            found = {prefix: torch.linalg.vector_norm(flat).item() for prefix, flat in self._flat_parts.items()}
+            whole = torch.linalg.vector_norm(self.flat_grad).item()
+        else:
+            squares = dict(zip(self.grads, self.split.squares(self.grads).tolist(), strict=True))
+            found = {p: math.sqrt(sum(s for n, s in squares.items() if n.startswith(p))) for p in self._flat_parts}
+            whole = math.sqrt(sum(squares.values()))
+        norms = {"grad_norm": whole / self.loss_scale}
+        if len(self.parts) > 1:
+            norms |= {f"{prefix.rstrip('.')}/grad_norm": norm / self.loss_scale for prefix, norm in found.items()}
+        return norms
+
     def gradient_norm(self, batches: Sequence[MicroBatch], loss_fn: LossFn) -> float:
         """Norm of the gradient that a loss has on a step's batches; nothing changes. A collective.
 
@@ -241,22 +303,19 @@ class Engine:
             loss_fn: a part of the loss, say.
         """
         (denominator,) = self.ranks.sum_numbers(sum(b.denominator for b in batches))
-        trained, flat = list(self.parameters.values()), torch.zeros_like(self.flat_grad)
-        sums = flat.split([p.numel() for p in trained])
-        self.module.train()
-        for i, batch in enumerate(batches):
-            torch.manual_seed(seed_of(self.config.seed, "dropout", self.step, i, self.ranks.rank))
-            total = loss_fn(self.module, batch.to(self.ranks.device)).total * (self.loss_scale / denominator)
-            if not total.requires_grad:  # a micro-batch of padding
-                continue
-            for part, gradient in zip(sums, torch.autograd.grad(total, trained, allow_unused=True), strict=True):
-                if gradient is not None:
-                    part += gradient.flatten()
-        self.ranks.sum_(flat)
-        return torch.linalg.vector_norm(flat).item() / self.loss_scale
+        noise, self.noise = self.noise, None
+        try:
+            self._gradients(batches, loss_fn, denominator, ())
+        finally:
+            self.noise = noise
+        return self._norms()["grad_norm"]
 
     def _non_finite(self, metrics: Metrics, batches: Sequence[Any]) -> Refused:
-        return NonFinite(self.step + 1, metrics, [n for n, g in self.grads.items() if not g.isfinite().all()], batches)
+        if self.split is None:
+            spoilt = [not bool(g.isfinite().all()) for g in self.grads.values()]
+        else:  # the same names on all ranks, whoever holds the piece
+            spoilt = (~self.split.squares(self.grads).isfinite()).tolist()
+        return NonFinite(self.step + 1, metrics, list(itertools.compress(self.grads, spoilt)), batches)
 
     def _objection(self, metrics: Metrics, batches: Sequence[Any]) -> Refused | None:
         """What the guard says of this step. A collective: if one rank objects, all do."""
@@ -265,7 +324,10 @@ class Engine:
         why = self.guard.objection(metrics)
         if not self.ranks.any(why is not None):
             return None
-        norms = torch.stack(torch._foreach_norm(list(self.grads.values())))
+        if self.split is None:
+            norms = torch.stack(torch._foreach_norm(list(self.grads.values())))
+        else:
+            norms = self.split.squares(self.grads)
         largest = [list(self.grads)[i] for i in norms.argsort(descending=True)[:5].tolist()]
         return Spike(self.step + 1, metrics, why or "another rank objects", largest, batches)
 
@@ -284,7 +346,7 @@ class Engine:
     def _apply(self, metrics: Metrics, resting: Collection[str]) -> None:
         every = self.config.log.norms_every
         due = every is not None and (self.step + 1) % every == 0
-        norms = LayerNorms(self.masters, self.grads, self.loss_scale) if due else None
+        norms = LayerNorms(self.masters, self.grads, self.loss_scale, self.split) if due else None
         for part in self.parts:
             norm = metrics["grad_norm" if len(self.parts) == 1 else f"{part.prefix.rstrip('.')}/grad_norm"]
             factor = (part.clip / norm if part.clip is not None and norm > part.clip else 1.0) / self.loss_scale
@@ -319,14 +381,19 @@ class Engine:
     def _publish(self, weights: dict[str, Tensor] | None = None) -> None:
         """Copies master weights (or others of the same names) into the module, where they are not the same tensors."""
         weights = self.masters if weights is None else weights
-        if self.dtype != self.flat_grad.dtype or weights is not self.masters:
-            torch._foreach_copy_([self.parameters[n].data for n in weights], list(weights.values()))
+        names = [n for n, t in weights.items() if t.data_ptr() != self.parameters[n].data_ptr()]
+        if names:
+            torch._foreach_copy_([self.parameters[n] for n in names], [weights[n] for n in names])
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
-        """The module in evaluation mode without gradients, with the averaged weights if the recipe says so."""
-        use_ema = self.config.eval.weights == "ema"
-        kept = {n: p.detach().clone() for n, p in self.parameters.items()} if use_ema else {}
+    def evaluating(self, averaged: bool | None = None) -> Iterator[nn.Module]:
+        """The module in evaluation mode without gradients.
+
+        Args:
+            averaged: with the averaged weights. Default: if the recipe says so.
+        """
+        use_ema = self.config.eval.weights == "ema" if averaged is None else averaged
+        kept = {n: p.clone() for n, p in self.parameters.items()} if use_ema else {}
         was_training = self.module.training
         try:
             if use_ema:
@@ -336,8 +403,32 @@ class Engine:
                 yield self.module
         finally:
             self.module.train(was_training)
+            if self.split is not None:
+                self.split.reshard()
             if use_ema:
                 self._publish(kept)
+
+    @contextlib.contextmanager
+    def replica(self, averaged: bool | None = None) -> Iterator[nn.Module]:
+        """As `evaluating`, but of a module that this process may ask as often as it likes, whatever the others do: a
+        whole copy, where the model is spread over several. A collective. `asked` is that module."""
+        if self._replica is not None:
+            yield self._replica
+            return
+        with self.evaluating(averaged) as module:
+            if self.split is None:
+                yield module
+                return
+            self._replica = self.split.replica({n: self._own(p) for n, p in module.named_parameters()})
+            try:
+                yield self._replica
+            finally:
+                self._replica = None
+
+    @property
+    def asked(self) -> nn.Module:
+        """What this process may ask by itself: the module, or within `replica` the whole copy of it."""
+        return self.module if self._replica is None else self._replica
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -346,14 +437,28 @@ class Engine:
 
         The model under the names and in the layout of its `state_dict`, which is what Hugging Face's class expects;
         optimizer, masters and average under our own parameters' names. Views, but where a layout must be converted.
+        Where the model is spread over processes: this one's share of the files, copies in main memory; a collective.
         """
-        files = saved_tensors(self.module)
-        files["trainer_state/optimizer.safetensors"] = self.optimizer.state_dict()
+        if self.split is not None:
+            return self.wholes.gather()
+        files = {**saved_tensors(self.module), **self._states()}
+        return {file: {n: t.detach() for n, t in tensors.items()} for file, tensors in files.items()}
+
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        """What belongs to parameters beside their weights, by file."""
+        files = {"trainer_state/optimizer.safetensors": self.optimizer.state_dict()}
         if self.dtype != self.flat_grad.dtype:
             files["trainer_state/master.safetensors"] = self.masters
         if self.ema:
             files["trainer_state/ema.safetensors"] = self.ema
-        return {file: {n: t.detach() for n, t in tensors.items()} for file, tensors in files.items()}
+        return files
+
+    @functools.cached_property
+    def wholes(self) -> Wholes:
+        """Who writes what, where the model is spread over processes."""
+        assert self.split is not None
+        weights = {n: self._own(p) for n, p in self.module.named_parameters()}
+        return Wholes(self.split, weights, self._states())
 
     def state(self) -> dict[str, Any]:
         """The numbers that change during training."""
@@ -378,6 +483,14 @@ class Engine:
             if file.startswith("trainer_state/"):
                 copy_named(mine, tensors[file])
         load_saved(self.module, tensors)
+        self._load_state(state)
+
+    def load_pieces(self, folder: Path, but: Collection[str], state: dict[str, Any]) -> None:
+        """The same of a model that is spread over processes, from a checkpoint's folder without the files `but`."""
+        self.wholes.load(folder, but)
+        self._load_state(state)
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         self.step, self.windows_skipped = state["step"], state["windows_skipped"]
         self.loss_scale, self.good_steps = state["loss_scale"], state["good_steps"]
         if self.guard is not None and state["guard"] is not None:

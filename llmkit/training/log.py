@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmkit import storage
+from llmkit.training.watch import Watch
 
 Numbers = dict[str, Any]
 
@@ -47,6 +48,7 @@ class RunLog:
         self.bar: tqdm[Any] | None = None
         self._board: Any = None
         self._want_board = tensorboard and active
+        self.watch = Watch()  # it begins anew whenever the metrics are cut back
         if active:
             out.mkdir(parents=True, exist_ok=True)
             self._text = (out / "train.log").open("a", encoding="utf-8", buffering=1)
@@ -75,6 +77,8 @@ class RunLog:
         if self.active:
             self.metrics_file.append(record)
             self._to_board(record)
+            for sentence in self.watch.see(record):
+                self.say(sentence)
 
     def samples(self, record: Numbers) -> None:
         if self.active:
@@ -117,6 +121,10 @@ class RunLog:
             if lines.length < keep:
                 self.say(f"{lines.path}: {keep - lines.length} bytes are missing: the file was cut by something else")
             os.truncate(lines.path, min(keep, lines.length))
+        self.watch = Watch()
+        for record in read_lines(self.metrics_file.path):
+            for _ in self.watch.see(record):  # it was said when the step was made
+                pass
 
     def sync(self) -> None:
         if self.active:

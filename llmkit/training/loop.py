@@ -19,7 +19,9 @@ import yaml
 from torch import Tensor
 
 from llmkit.config import Interrupted, UserError, dump, flatten
+from llmkit.lineage import CARD, Lineage
 from llmkit.model.saving import saved_files
+from llmkit.model.weights import read_tensors
 from llmkit.plan import peak_flops
 from llmkit.storage import (
     Damaged,
@@ -39,7 +41,7 @@ from llmkit.storage import (
 )
 from llmkit.training import checkpoint
 from llmkit.training.checkpoint import Checkpointer, safetensors_chunks
-from llmkit.training.config import RunConfig
+from llmkit.training.config import FREE_KEYS, RunConfig, said
 from llmkit.training.dist import connect
 from llmkit.training.engine import Engine, Metrics, NonFinite, Refused, keep_freed_memory
 from llmkit.training.freeze import freeze
@@ -47,12 +49,11 @@ from llmkit.training.log import RunLog, plot_curves
 from llmkit.training.meter import Meter, environment
 from llmkit.training.optim import tensor_bytes
 from llmkit.training.task import Context, Outcome, Stop, Task
+from llmkit.training.team import Team
 
 __all__ = ["Context", "Outcome", "Stop", "Task", "train"]
 
 STATE, TASK = "trainer_state/state.json", "trainer_state/task.safetensors"
-# Keys that may differ on resume without a word: they change neither the samples nor what is optimised.
-_FREE_KEYS = ("out", "stop_at", "allow_changes", "save.", "log.", "eval.samples.", "data.workers", "data.cache_dir")
 
 
 @dataclass
@@ -77,25 +78,22 @@ def train(config: RunConfig, task: Task) -> Outcome:
     """
     out, stop = Path(config.out), Stop()
     with stop.listening(), machine_errors(out):
-        ranks = connect(config.device)
-        try:
-            with contextlib.ExitStack() as held:
-                # Rank 0 looks and tells: the others might look after it has written.
-                looked = _look(config, out, held) if ranks.is_main else None
-                refused, changed, done = ranks.from_main(looked)
-                if refused:
-                    raise UserError(refused)
-                if done and not changed:
-                    if ranks.is_main:
-                        print(f"{out}: this run is finished: nothing to do")
-                    return Outcome.FINISHED
-                log = RunLog(out, ranks.is_main, config.log.tensorboard)
-                try:
-                    return _Run(config, task, Context(config, out, ranks, log, stop)).go(changed)
-                finally:
-                    log.close()
-        finally:
-            ranks.close()
+        ranks = connect(config.device, config.liveness.stalled_s + 60, config.parallel.tensor, config.liveness)
+        with ranks.watched(), contextlib.ExitStack() as held:
+            # Rank 0 looks and tells: the others might look after it has written.
+            looked = _look(config, out, held) if ranks.is_main else None
+            refused, changed, done = ranks.from_main(looked)
+            if refused:
+                raise UserError(refused)
+            if done and not changed:
+                if ranks.is_main:
+                    print(f"{out}: this run is finished: nothing to do")
+                return Outcome.FINISHED
+            log = RunLog(out, ranks.is_main, config.log.tensorboard)
+            try:
+                return _Run(config, task, Context(config, out, ranks, log, stop)).go(changed)
+            finally:
+                log.close()
 
 
 def _look(config: RunConfig, out: Path, held: contextlib.ExitStack) -> tuple[str | None, list[str], bool]:
@@ -115,7 +113,7 @@ def _changed_keys(config: RunConfig, out: Path) -> list[str]:
     old, new = flatten(yaml.safe_load(file.read_text("utf-8"))), flatten(yaml.safe_load(dump(config)))
     # Which checkpoints there are decides where a rollback goes.
     bound = ("save.every",) if config.guard.action == "rollback" else ()
-    free = {k for k in {**old, **new} if f"{k}.".startswith(_FREE_KEYS) and k not in bound}
+    free = {k for k in {**old, **new} if f"{k}.".startswith(FREE_KEYS) and k not in bound}
     differ = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in differ]
 
@@ -129,6 +127,7 @@ class _Run:
         self.progress = Progress()
         self.saver = Checkpointer(self.out, config.save.keep, config.save.asynchronous, self.log.sync)
         self.saved_step = -1
+        self.lineage: Lineage | None = None  # rank 0's
 
     def go(self, changed: list[str]) -> Outcome:
         if self.config.precision == "fp16" and self.ranks.device.type != "cuda":
@@ -152,14 +151,16 @@ class _Run:
             module.compile()
         self.engine = Engine(module, self.config, self.ranks, self.task.parts)
         self._resume()
+        if self.engine.split is not None:
+            self.saver.team = Team(self.ranks)
         if self.ranks.is_main:
-            state = sum(tensor_bytes(t.values()) for t in self.engine.tensors().values())
-            require_free(self.out, state + (1 << 20))
+            require_free(self.out, self._state_bytes() + (1 << 20))
         try:
             outcome = self._loop()
             self.saver.wait()
         except BaseException as e:
             with contextlib.suppress(Exception):  # the error on its way is the one to show
+                self.saver.give_up()
                 self.saver.wait()
             if isinstance(e, Refused):
                 self._dump(e)
@@ -188,6 +189,7 @@ class _Run:
         for name in ("DONE", "PREEMPTED"):
             (self.out / name).unlink(missing_ok=True)
         replace_file(self.out / "recipe.yaml", dump(self.config))
+        self.lineage = Lineage.note(self.out, flatten(json.loads(self.config.model_dump_json())), started)
         different = self._note_environment()
         for line in different if started else ():
             self.log.say(f"warning: environment changed: {line}: the last bits of results may differ")
@@ -218,18 +220,23 @@ class _Run:
         folder = self.out / "checkpoints" / name
         state = self._load(folder)
         self.log.say(f"resumed from {folder}")
-        if state["world"] != self.ranks.world:
+        if state["world"] != self.ranks.processes:
             self.log.say(
-                f"started on {state['world']} ranks, now {self.ranks.world}: the same samples in the same order, "
+                f"started on {state['world']} ranks, now {self.ranks.processes}: the same samples in the same order, "
                 "equal up to the rounding of sums"
             )
 
     def _load(self, folder: Path) -> dict[str, Any]:
         """Puts everything back to where a checkpoint stands, the logs too; returns its state.json."""
-        tensors, state = checkpoint.load(folder)
-        own = tensors.pop(TASK, {})
         try:
-            self.engine.load(tensors, state["engine"])
+            if self.engine.split is None:
+                tensors, state = checkpoint.load(folder)
+                own = tensors.pop(TASK, {})
+                self.engine.load(tensors, state["engine"])
+            else:
+                state = json.loads((folder / STATE).read_bytes())
+                own = dict(read_tensors(folder / TASK)) if (folder / TASK).is_file() else {}
+                self.engine.load_pieces(folder, (TASK,), state["engine"])
         except ValueError as e:
             raise UserError(f"{folder}: does not fit this recipe: {e}") from None
         self.task.load_state_dict(state["task"], own)
@@ -241,10 +248,10 @@ class _Run:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _loop(self) -> Outcome:
-        if self.ranks.is_main:
+        if self.ranks.is_main and self.engine.split is None:
             self.saver.reserve(self.engine.tensors())
         peak = peak_flops(self.ranks.device, self.config.precision)
-        meter = Meter(self.config, self.log, self.ranks.world, self.task.flops_per_token, peak)
+        meter = Meter(self.config, self.log, self.ranks.processes, self.task.flops_per_token, peak)
         self.log.start_bar(self.engine.step, self.config.steps)
         with contextlib.ExitStack() as profiling:
             while True:
@@ -267,7 +274,10 @@ class _Run:
         paused = engine.step >= config.last_step
         if finished or paused or stopping:
             self._save()
-        self.saver.poll()
+        if self.engine.split is None:
+            self.saver.poll()
+        elif self.ranks.any(self.saver.failed):  # all have lost the checkpoint, and stop at the same step
+            self.saver.wait()
         if finished and evaluated:
             return Outcome.FINISHED
         if stopping:
@@ -275,6 +285,7 @@ class _Run:
         if paused:
             return Outcome.PAUSED
         self._profile(profiling)
+        self.ranks.at(engine.step + 1)
         started = time.perf_counter()
         try:
             metrics = self.task.step(engine, self.ctx)
@@ -394,33 +405,50 @@ class _Run:
             return
         started = time.perf_counter()
         tensors, guard = self.engine.tensors(), self.engine.guard
-        if own := self.task.tensors():
-            tensors[TASK] = own
-        if bad := checkpoint.non_finite(tensors):
+        spread = self.engine.split is not None
+        if (own := self.task.tensors()) and (self.ranks.is_main or not spread):
+            tensors[TASK] = {name: t.clone() for name, t in own.items()} if spread else own
+        bad = checkpoint.non_finite(tensors)
+        if bad or (spread and self.ranks.any(bool(bad))):
             raise NonFinite(step, {"weights": math.nan}, bad)
         self.saved_step = step
         if guard is not None and self._save_due():
             guard.note_save(step)
         if not self.ranks.is_main:
+            if spread:
+                self.saver.save(step, tensors, {}, {})
             return
         state = {
             "engine": self.engine.state(),
             "task": self.task.state_dict(),
             "progress": asdict(progress),
             "log": self.log.lengths(),
-            "world": self.ranks.world,
+            "world": self.ranks.processes,
         }
         blobs = {**saved_files(self.task.files(self.engine), self.engine.module), STATE: to_json(state).encode()}
         facts = {
-            "world_size": self.ranks.world,
+            "world_size": self.ranks.processes,
             "run": self.out.name,
             "recipe": flatten(json.loads(self.config.model_dump_json())),
         }
         if guard is not None:
             facts["refused"] = guard.events
+        assert self.lineage is not None
+        facts |= self.lineage.facts()
+        for name in [name for name in blobs if Path(name).name == CARD]:
+            blobs[name] += self.lineage.card(said(self.config))
         self.saver.wait()  # what is needed is a question to the disk
-        self.saver.save(step, tensors, blobs, {**facts, **self.task.facts()}, self._needed())
+        if spread:
+            blobs |= self.engine.wholes.index_files()
+        size = self.engine.wholes.total_bytes if spread else 0
+        self.saver.save(step, tensors, blobs, {**facts, **self.task.facts()}, self._needed(), n_bytes=size)
         self.log.timing({"step": step, "save_blocked_s": round(time.perf_counter() - started, 4)})
+
+    def _state_bytes(self) -> int:
+        """What a checkpoint's tensors take on disk."""
+        if self.engine.split is not None:
+            return self.engine.wholes.total_bytes
+        return sum(tensor_bytes(t.values()) for t in self.engine.tensors().values())
 
     def _needed(self) -> set[int]:
         """The steps whose checkpoints stay whatever their age: the best, and what a rollback may go to."""
@@ -489,7 +517,7 @@ class _Run:
         """Keeps the batch that did it, each rank its own part."""
         folder = self.out / error.folder
         folder.mkdir(exist_ok=True)
-        stem = f"step-{error.step:08d}-rank{self.ranks.rank}"
+        stem = f"step-{error.step:08d}-rank{self.ranks.process}"
         tensors = {
             f"{i}.{name}": t.detach().cpu()
             for i, batch in enumerate(error.batches)

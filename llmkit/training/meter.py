@@ -60,5 +60,5 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "device": str(ranks.device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "world_size": ranks.world,
+        "world_size": ranks.processes,
     }

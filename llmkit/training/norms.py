@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmkit.config import UserError
 from llmkit.training.dist import Ranks
+from llmkit.training.parallel import Split
 
 _LAYER = re.compile(r"^(?:model\.)?((?:.*?\.)?\d+(?=\.)|[^.]+)")
 Metrics = dict[str, float]
@@ -25,10 +26,13 @@ def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
     return layers
 
 
-def norms_of(layers: dict[str, list[str]], tensors: dict[str, Tensor]) -> dict[str, float]:
-    """The L2 norm of each layer."""
+def norms_of(layers: dict[str, list[str]], tensors: dict[str, Tensor], split: Split | None = None) -> dict[str, float]:
+    """The L2 norm of each layer; a collective where the tensors are pieces."""
     names = [n for members in layers.values() for n in members]
-    squares = torch.stack(torch._foreach_norm([tensors[n] for n in names])).square()
+    if split is None:
+        squares = torch.stack(torch._foreach_norm([tensors[n] for n in names])).square()
+    else:
+        squares = split.squares({n: tensors[n] for n in names})
     sums = torch.stack([part.sum() for part in squares.split([len(m) for m in layers.values()])])
     return dict(zip(layers, sums.sqrt().tolist(), strict=True))
 
@@ -39,23 +43,24 @@ class LayerNorms:
     Made before the optimizer's step, whose weights it copies: memory of one more set of weights until `metrics`.
     """
 
-    def __init__(self, weights: dict[str, Tensor], grads: dict[str, Tensor], scale: float):
+    def __init__(self, weights: dict[str, Tensor], grads: dict[str, Tensor], scale: float, split: Split | None = None):
         """Looks at the state before the update.
 
         Args:
             weights: masters, updated in place afterwards.
             grads: of the same names, before the clip.
             scale: the gradients are so many times too large.
+            split: what these are pieces of; None: they are whole.
         """
-        self._layers = layers_of(weights)
+        self._layers, self._split = layers_of(weights), split
         self._weights, self._before = weights, {n: t.clone() for n, t in weights.items()}
-        self._grad = {layer: norm / scale for layer, norm in norms_of(self._layers, grads).items()}
-        self._weight = norms_of(self._layers, weights)
+        self._grad = {layer: norm / scale for layer, norm in norms_of(self._layers, grads, split).items()}
+        self._weight = norms_of(self._layers, weights, split)
 
     def metrics(self) -> Metrics:
         """`norms/<layer>/grad`, `/weight` and `/update_ratio` = |new - old| / |old|; called after the update."""
         torch._foreach_sub_(list(self._before.values()), list(self._weights.values()))
-        update = norms_of(self._layers, self._before)
+        update = norms_of(self._layers, self._before, self._split)
         return {
             f"norms/{layer}/{key}": value
             for layer, weight in self._weight.items()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.training.config import OptimConfig
+from llmkit.training.parallel import Split
 
 # Output projections are not hidden matrices: Muon's orthogonal updates suit maps between hidden spaces. The routers of
 # experts are such heads: a row scores one expert, and an orthogonal update would move the row of an expert that few tokens
@@ -81,7 +82,12 @@ class Optimizer:
     """AdamW, SGD or Muon on a fixed set of named tensors. Its state is named after the parameters, never numbered."""
 
     def __init__(
-        self, config: OptimConfig, weights: dict[str, Tensor], module: nn.Module, parts: Sequence[Part] = (Part(""),)
+        self,
+        config: OptimConfig,
+        weights: dict[str, Tensor],
+        module: nn.Module,
+        parts: Sequence[Part] = (Part(""),),
+        split: Split | None = None,
     ):
         """Sets up zero state.
 
@@ -90,8 +96,9 @@ class Optimizer:
             weights: master weights by name; updated in place by `step`.
             module: tells which of the names are embeddings, norms or hidden matrices.
             parts: what has rates of its own; together they hold every name, each once.
+            split: what the weights are pieces of; None: they are whole.
         """
-        self.config = config
+        self.config, self.split = config, split
         self.weights = weights
         decayed = decayed_names(module) & weights.keys()
         muon = hidden_matrices(module) & weights.keys() if config.name == "muon" else set()
@@ -174,17 +181,23 @@ class Optimizer:
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         nesterov = torch._foreach_lerp(grads, momenta, self.momentum)
         torch._foreach_mul_(weights, 1 - lr * decay)
-        by_shape: dict[torch.Size, list[int]] = {}
-        for i, g in enumerate(grads):
-            by_shape.setdefault(g.shape, []).append(i)
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, name in enumerate(names):
+            by_shape.setdefault(tuple(grads[i].shape) if self.split is None else self.split.shapes[name], []).append(i)
         for shape, members in by_shape.items():
-            update = orthogonalize(torch.stack([nesterov[i] for i in members]))
             # Orthogonal is of full size however small the momentum: an expert that no token visited would be moved
             # by what is left of old gradients, step after step.
-            has_gradient = torch.stack([grads[i].count_nonzero() > 0 for i in members])
-            update = update * has_gradient[:, None, None]
+            if self.split is None:
+                update = orthogonalize(torch.stack([nesterov[i] for i in members]))
+                has_gradient = torch.stack([grads[i].count_nonzero() > 0 for i in members])
+                updates = list((update * has_gradient[:, None, None]).to(weights[0].dtype))
+            else:
+                whole = [names[i] for i in members]
+                updates = self.split.on_wholes(whole, [nesterov[i] for i in members], orthogonalize)
+                has_gradient = self.split.squares({names[i]: grads[i] for i in members}) > 0
+                updates = [u * has for u, has in zip(updates, has_gradient, strict=True)]
             scale = 0.2 * math.sqrt(max(shape))  # the size of an AdamW update, so that both share one learning rate
-            torch._foreach_add_([weights[i] for i in members], list(update.to(weights[0].dtype)), alpha=-lr * scale)
+            torch._foreach_add_([weights[i] for i in members], updates, alpha=-lr * scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state's own tensors under `<kind>.<parameter>`."""

@@ -101,7 +101,7 @@ class PolicyTask(Task):
 
     # --- before the first step ---------------------------------------------------------------------------------------
 
-    def prepare(self, ctx: Context) -> None:
+    def read(self, ctx: Context) -> None:
         """Tokenizer and prompts."""
         recipe = self.recipe
         self.tokenizer = tokenizer_of(recipe, ctx.should_stop)
@@ -121,16 +121,21 @@ class PolicyTask(Task):
                 f"rollout.max_new_tokens ({recipe.rollout.max_new_tokens}) and prompts of {asked} tokens don't fit rows of "
                 f"{self.row_len}: lower them, or raise batch.max_len up to model.max_seq_len"
             )
-        if self.rewards is None:
-            self.rewards = Rewards(recipe.rewards, self.tokenizer, ctx.ranks.device)
         self.prompts = read_prompts(
             recipe.data,
             self.tokenizer,
             asked,
-            check=self.rewards.check,
+            check=(lambda fields: None) if self.rewards is None else self.rewards.check,
             should_stop=ctx.should_stop,
             say=ctx.log.say,
         )
+
+    def prepare(self, ctx: Context) -> None:
+        """Tokenizer, rewards, and prompts that these can grade."""
+        if self.rewards is None:
+            tokenizer = tokenizer_of(self.recipe, ctx.should_stop)
+            self.rewards = Rewards(self.recipe.rewards, tokenizer, ctx.ranks.device)
+        self.read(ctx)
 
     def build(self, ctx: Context) -> nn.Module:
         recipe = self.recipe
@@ -290,6 +295,11 @@ class PolicyTask(Task):
 
         Raises Interrupted with nothing changed.
         """
+        with engine.replica(averaged=False):
+            return self._collected(engine, ctx)
+
+    def _collected(self, engine: Engine, ctx: Context) -> Metrics:
+        """The same with a policy and critic that every rank may ask by itself."""
         recipe, drawn = self.recipe, self.drawn
         self.collector.seconds = dict.fromkeys(self.collector.seconds, 0.0)
         rollouts, drawn, extra = self._sampled(engine, ctx, drawn)
@@ -299,12 +309,11 @@ class PolicyTask(Task):
             raise UserError("rewards: no answer of a rollout could be graded: see the graders' errors")
         asked: dict[str, Ask] = {}
         if self.needs_old:
-            asked["old_NT"] = lambda batch: self.logprobs(self.actor_of(engine.module), batch)
+            asked["old_NT"] = lambda batch: self.logprobs(self.actor_of(engine.asked), batch)
         if self.reference is not None:
             asked["ref_NT"] = self._ask_reference
-        with engine.evaluating():
-            rollouts = rollouts.knowing(self.over_answers(rollouts, asked, engine, ctx))
-            rollouts, credited = self.credit(rollouts, engine, ctx)
+        rollouts = rollouts.knowing(self.over_answers(rollouts, asked, engine, ctx))
+        rollouts, credited = self.credit(rollouts, engine, ctx)
         self.rollouts, self.drawn, self.cursor = rollouts, drawn, 0
         self.n_rollouts += 1
         if not rollouts.n_actions:
@@ -323,7 +332,7 @@ class PolicyTask(Task):
 
     def _sampled(self, engine: Engine, ctx: Context, drawn: int) -> tuple[Rollouts, int, Metrics]:
         """A rollout's graded answers, how many prompts are then drawn, and what the log should say."""
-        n_prompts, actor = self.recipe.rollout.prompts_per_step, self.actor_of(engine.module)
+        n_prompts, actor = self.recipe.rollout.prompts_per_step, self.actor_of(engine.asked)
         dtype = engine.flat_grad.dtype
         rollouts = self.collector.draw(actor, self.order, drawn, n_prompts, ctx.should_stop, dtype)
         drawn += n_prompts
@@ -414,7 +423,7 @@ class PolicyTask(Task):
         rows = rows[: self.recipe.eval.max_prompts]
         try:
             if rows:
-                with engine.evaluating() as module:
+                with engine.replica() as module:
                     actor = self.actor_of(module)
                     groups, dtype = [row.number for row in rows], engine.flat_grad.dtype
                     answers = self.collector.answers(actor, rows, groups, "evaluation", ctx.should_stop, dtype)
@@ -424,7 +433,7 @@ class PolicyTask(Task):
                         metrics[f"{split}/kl_sum"] = (gap_NT.sum() / len(answers)).item()
                 metrics |= {f"{split}/{name}": value for name, value in described(answers).items()}
             if self.answers is not None and split == "valid":
-                with engine.evaluating() as module:
+                with engine.replica() as module:
                     found_answers = self.answers.evaluate(self.actor_of(module), ctx, engine.step)
                 if found_answers is None:
                     return None

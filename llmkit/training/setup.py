@@ -354,19 +354,31 @@ def describe_step(
     )
 
 
-def plan(recipe: ModelRecipe, network: Network = GPT) -> Iterator[str]:
-    """`llmkit plan`: what a run would cost, line by line, without reading its data.
-
-    Raises:
-        UserError: when all is said, if weights, gradients and optimizer alone can't fit here.
-    """
+def planned_config(recipe: ModelRecipe) -> GPTConfig:
+    """The network's shape as far as it can be told without reading any data: a tokenizer that is still to be trained
+    gets the size that the recipe asks for."""
     section = recipe.text_tokenizer
     if section.path is not None:
-        path = resolve_model(section.path) if section.path == recipe.init_from else section.path
+        path = resolve_model(section.path) if section.path == recipe.tokenizer_from else section.path
         vocab = Tokenizer.from_config(section.model_copy(update={"path": str(path)})).vocab_size
     else:
         vocab = 261 if section.kind == "byte" else section.vocab_size
-    config = model_config(recipe, vocab)
+    return model_config(recipe, vocab)
+
+
+def plan(recipe: ModelRecipe, network: Network = GPT, config: GPTConfig | None = None) -> Iterator[str]:
+    """`llmkit plan`: what a run would cost, line by line, without reading its data.
+
+    Args:
+        recipe: of any stage with rows of a fixed length.
+        network: builds the stage's network of a shape.
+        config: the shape, where the recipe says it in its own way.
+
+    Raises:
+        UserError: when all is said, if weights, gradients and optimizer alone can't fit here, and the recipe doesn't
+            spread them over several ranks.
+    """
+    config = config or planned_config(recipe)
     costs = cost(recipe, config, network)
     length = row_len(recipe, config)
     step_tokens = rows_per_step(recipe, length) * length
@@ -379,7 +391,9 @@ def plan(recipe: ModelRecipe, network: Network = GPT) -> Iterator[str]:
     yield f"work         {costs.flops_per_token * tokens:.3g} FLOP ({costs.flops_per_token:.3g} a token)"
     yield (
         f"memory       {costs.memory_bytes / 1e9:.3f} GB: {costs.state_bytes / 1e9:.3f} weights, gradients and "
-        f"optimizer, about {costs.activation_bytes / 1e9:.3f} activations"
+        f"optimizer, about {costs.activation_bytes / 1e9:.3f} activations; {costs.checkpoint_bytes / 1e9:.3f} GB more of "
+        "main memory to save from"
     )
     yield f"checkpoint   {costs.checkpoint_bytes / 1e9:.3f} GB each, {recipe.save.keep + recipe.save.keep_best} kept"
-    require_memory(costs, pick_device(recipe.device))
+    if recipe.parallel.shard == "none" and recipe.parallel.tensor == 1:
+        require_memory(costs, pick_device(recipe.device))

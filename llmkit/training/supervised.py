@@ -156,18 +156,19 @@ def write_samples(
         as a whole or not at all.
     """
     texts: list[tuple[str, str]] = []
-    if samples.prompts and ctx.ranks.is_main:
+    if samples.prompts and (ctx.ranks.is_main or engine.split is not None):
         before = [{"role": "system", "content": system}] if system is not None else []
         prompts = [
             prompt_ids(tokenizer, [*before, {"role": "user", "content": p}] if chat else p, chat)
             for p in samples.prompts
         ]
-        with engine.evaluating() as module:
+        with engine.replica() as module:
             model = module if isinstance(module, GPT) else module.get_submodule("student")
             assert isinstance(model, GPT)
-            results = generate(model, prompts, samples, tokenizer=tokenizer, should_stop=ctx.should_stop)
-        asked = [prompt for prompt in samples.prompts for _ in range(samples.n)]
-        texts = [(prompt, result.text) for prompt, result in zip(asked, results, strict=True)]
+            asked = prompts if ctx.ranks.is_main else []
+            results = generate(model, asked, samples, tokenizer=tokenizer, should_stop=ctx.should_stop) if asked else []
+        named = [prompt for prompt in samples.prompts for _ in range(samples.n)]
+        texts = [(prompt, result.text) for prompt, result in zip(named, results, strict=False)]
     if ctx.all_should_stop():
         return None
     for prompt, text in texts:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from llmkit.data.loader import RowLoader
 from llmkit.training.config import RunConfig
 from llmkit.training.dist import Ranks
 from llmkit.training.engine import Engine, Metrics
@@ -42,6 +43,7 @@ class Stop:
             self.signal = signal.Signals(number).name
 
         old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, old)  # scripts/train.py holds them back until here
         try:
             yield
         finally:
@@ -80,6 +82,14 @@ class Task(Protocol):
 
     def prepare(self, ctx: Context) -> None:
         """Long work before step 1: idempotent, resumable; raises Interrupted if asked to stop."""
+
+    def read(self, ctx: Context) -> None:
+        """As much of `prepare` as tells what is learnt from, without asking a model."""
+        self.prepare(ctx)
+
+    def open_rows(self, ctx: Context) -> RowLoader | None:
+        """The rows of training in their order, after `read`; None for a stage that learns from what it samples."""
+        return None
 
     def build(self, ctx: Context) -> nn.Module:
         """The module with its initial weights."""

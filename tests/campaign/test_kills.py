@@ -1,17 +1,14 @@
-"""Kills at random moments, in numbers: `pytest -m campaign tests/campaign/test_kills.py -s`. Goals R1, R4, R5, R8.
+"""Kills at random moments, in numbers: `pytest -m campaign tests/campaign/test_kills.py -s`. Goals R1 and R8.
 
-Some minutes. The moments are drawn from a seed, but what the process does at a moment is up to the machine, so every
-run of this file is another experiment; the table says what was hit.
+Some minutes. The moments are drawn from a seed, but what the process does at a moment is up to the machine, so every run
+of this file is another experiment; the table says what was hit. Several ranks: test_rank_deaths.py.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -99,87 +96,3 @@ def test_thirty_kills(tmp_path: Path) -> None:
     assert_same(run, quiet_run)
     print(f"bitwise equal: {sorted(result_of(run))}")
     assert len(rows) >= 25 and in_saves >= 5 and late >= 5
-
-
-# --- two ranks -------------------------------------------------------------------------------------------------------
-
-
-class Job:
-    """`torchrun` with two ranks on this machine."""
-
-    def __init__(self, recipe: Path, log: Path):
-        script = Path(__file__).parents[2] / "scripts" / "train.py"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command, self._log = [*launcher, str(script), str(recipe)], log
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with log.open("wb") as f:
-            self.process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env={**os.environ, **threads})
-
-    def ranks(self) -> dict[int, int]:
-        """Rank -> process id, of the children of this torchrun only."""
-        found = {}
-        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-            for pid in (task / "children").read_text().split():
-                environ = Path(f"/proc/{pid}/environ").read_bytes()
-                if match := re.search(rb"(?:^|\0)RANK=(\d+)\0", environ):
-                    found[int(match[1])] = int(pid)
-        return found
-
-    @property
-    def said(self) -> str:
-        return self._log.read_text()
-
-
-def two_ranks(folder: Path, name: str, steps: int) -> tuple[Path, Path]:
-    write_text(folder / "text.txt", 3000)
-    recipe = tiny_recipe(folder, out=str(folder / name), steps=steps, save={"every": 5, "keep": 2}, eval={"every": 25})
-    return recipe, folder / name
-
-
-def test_five_kills_of_one_of_two_ranks(tmp_path: Path) -> None:
-    """R4, H1: the job goes down by itself soon, and the same command goes on."""
-    quiet, quiet_run = two_ranks(tmp_path, "quiet", 300)
-    job = Job(quiet, tmp_path / "quiet.log")
-    assert job.process.wait() == 0, job.said
-    recipe, run = two_ranks(tmp_path, "killed", 300)
-    pick = random.Random(5)
-    print("\nkill | rank | step | epoch | in a save | job down after s | code")
-    for n in range(1, 6):
-        job = Job(recipe, tmp_path / f"{n}.log")
-        goal = last_step(run) + pick.randint(15, 45)
-        wait_for(lambda job=job, goal=goal: last_step(run) >= goal or job.process.poll() is not None, 120)
-        time.sleep(pick.uniform(0, 0.1))
-        rank = pick.randrange(2)
-        os.kill(job.ranks()[rank], signal.SIGKILL)
-        killed = time.monotonic()
-        code = job.process.wait(60)
-        down = time.monotonic() - killed
-        step = last_step(run)
-        inside = "yes" if saving(run) else ""
-        print(f"{n:4d} | {rank:4d} | {step:4d} | {epoch_of(run, step):5.2f} | {inside:9s} | {down:16.1f} | {code}")
-        assert code != 0 and down <= 30
-    job = Job(recipe, tmp_path / "last.log")
-    assert job.process.wait() == 0, job.said
-    assert_same(run, quiet_run)
-    print("bitwise equal to two ranks that were left alone")
-
-
-@pytest.mark.parametrize("target", ["rank 0", "rank 1", "torchrun"])
-def test_a_signal_to_one_of_two_ranks(tmp_path: Path, target: str) -> None:
-    """R5, B100, B103: all ranks agree to stop at the same step, save once, and go on later."""
-    quiet, quiet_run = two_ranks(tmp_path, "quiet", 100)
-    job = Job(quiet, tmp_path / "quiet.log")
-    assert job.process.wait() == 0, job.said
-    recipe, run = two_ranks(tmp_path, "stopped", 100)
-    job = Job(recipe, tmp_path / "1.log")
-    wait_for(lambda: last_step(run) >= 22 or job.process.poll() is not None, 120)
-    os.kill(job.process.pid if target == "torchrun" else job.ranks()[int(target[-1])], signal.SIGTERM)
-    told = time.monotonic()
-    code = job.process.wait(60)
-    after = time.monotonic() - told
-    print(f"\nSIGTERM to {target}: down after {after:.1f} s, torchrun's code {code}, saved step {good_steps(run)[0]}")
-    assert (run / "PREEMPTED").is_file(), job.said
-    assert good_steps(run)[0] == last_step(run) < 100
-    job = Job(recipe, tmp_path / "2.log")
-    assert job.process.wait() == 0, job.said
-    assert_same(run, quiet_run)

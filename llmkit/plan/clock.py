@@ -1,0 +1,195 @@
+"""How long a step takes on GPUs: a roofline of its products, passes over memory and messages. Torch-free.
+
+Nothing here is fitted to a measurement: rates are data sheets times the shares below, which are what large products,
+fused attention and NCCL are commonly seen to reach. So a plan compares meshes well, and predicts a time to a third at best.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llmkit.model.config import GPTConfig, count_params
+from llmkit.plan.cost import BYTES, attention_flops_per_token
+from llmkit.plan.job import Job, Net, Pass
+from llmkit.plan.mesh import Cluster, Mesh, params_of
+
+_MEMORY, _LINK, _NETWORK = 0.8, 0.75, 0.8  # of the data sheets' bandwidths
+_OVERLAP = 0.85  # of messages that may travel beside products: they take units and memory from them
+_HOP_S = 5e-6  # a message's way from one node to the next, or around a node
+_LAUNCH_S = 4e-6  # from one kernel's start to the next's, where the GPU is faster than Python
+_KERNELS = {True: 30, False: 95}  # of a block, forward and backward: compiled, eager
+_HOST_GB_PER_S = 25.0  # from a GPU to its node's memory
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one optimizer step, by what they are spent on; messages only as far as products don't hide them."""
+
+    seconds: dict[str, float]
+    messages: dict[str, float]
+    """Bytes that one rank sends in a step, by why."""
+    flops: float
+    peak: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def mfu(self) -> float:
+        """Useful work as a share of what all GPUs could do."""
+        return self.flops / (self.total * self.peak)
+
+
+def products(model: GPTConfig, tensor: int = 1) -> list[tuple[int, int, float]]:
+    """(inputs, outputs, how many) of the matrices of one block that a token meets, after a cut by `tensor`."""
+    D, heads, kv = model.d_model, model.n_heads * model.width_of_head, model.kv_heads * model.width_of_head
+    attention = [(D, heads // tensor, 1.0), (D, max(1, kv // tensor), 2.0), (heads // tensor, D, 1.0)]
+    width = (model.width_of_mlp if model.experts is None else model.experts.active_width) // tensor
+    return [*attention, (D, width, 2.0 if model.mlp == "swiglu" else 1.0), (width, D, 1.0)]
+
+
+class Clock:
+    """Seconds of a job's parts on one mesh."""
+
+    def __init__(self, job: Job, mesh: Mesh, cluster: Cluster):
+        peak = cluster.gpu.peak_flops(job.precision)
+        assert peak is not None, "refused before"
+        self.job, self.mesh, self.cluster, self.peak = job, mesh, cluster, peak
+        self.product, self.attention = cluster.gpu.product_frac * peak, cluster.gpu.attention_frac * peak
+        self.memory = _MEMORY * 1e9 * cluster.gpu.memory_gb_per_s
+        self.sent: dict[str, float] = {}
+
+    def step(self) -> Step:
+        """All that happens between one update and the next."""
+        spent: dict[str, float] = {}
+        for p in self.job.passes:
+            name = {"train": "forward, backward", "ask": "forward of others", "write": "answers"}[p.kind]
+            seconds = {"train": self._train, "ask": self._ask, "write": self._write}[p.kind](p)
+            spent[name] = spent.get(name, 0.0) + seconds[0]
+            spent["messages"] = spent.get("messages", 0.0) + seconds[1]
+        for net in self.job.trained:
+            spent["optimizer"] = spent.get("optimizer", 0.0) + self._update(net)
+            spent["messages"] += self._sum_up(net)
+        if self.job.save_every is not None:  # asynchronous: training waits for the copy alone
+            share = self.job.checkpoint_bytes / self.mesh.world
+            spent["saving"] = share / (1e9 * _HOST_GB_PER_S) / self.job.save_every
+        return Step(spent, self.sent, self.job.flops_per_step, self.peak * self.cluster.world)
+
+    # --- work ------------------------------------------------------------------------------------------------------
+
+    def _product(self, rows: float, K: int, N: int, width: int) -> float:
+        """Seconds of [rows, K] x [K, N]: by the matrix units or by memory, whichever is slower."""
+        moved = width * (rows * K + K * N + rows * N)
+        return max(2 * rows * K * N / self.product, moved / self.memory)
+
+    def _forward(self, p: Pass, rows: float) -> float:
+        """Seconds of one forward pass of `rows` tokens, without the head."""
+        model, width, t = p.net.model, BYTES[p.net.precision], self.mesh.tensor
+        matrices = sum(n * self._product(rows, K, N, width) for K, N, n in products(model, t))
+        if (experts := model.experts) is not None:  # every expert's weights are read, however few tokens it gets
+            matrices += 3 * model.d_model * experts.d_ff * experts.n * width / self.memory / t
+        attention = rows * attention_flops_per_token(model, p.seq_len) / 3 / t / self.attention
+        passes = 9 if self.job.compiled else 22  # over the residual stream; over the MLP's width a third as many
+        stream = passes * (model.d_model + model.width_of_mlp / 3 / t) * rows * width / self.memory
+        return model.n_layers * (matrices + stream) + attention
+
+    def _head(self, p: Pass, rows: float) -> float:
+        if not p.with_head:
+            return 0.0
+        model, V = p.net.model, p.net.model.vocab_size or 0
+        logits = self._product(rows, model.d_model, V, BYTES[p.net.precision])
+        return logits + 5 * 4 * rows * V / self.memory  # softmax in fp32
+
+    def _train(self, p: Pass) -> tuple[float, float]:
+        rows = self.job.micro_rows(self.mesh.data) * self.job.row_len
+        n_micro = max(1.0, p.tokens / self.mesh.data / rows)
+        work = self._forward(p, rows) * (3 + self.job.recompute) + 3 * self._head(p, rows)
+        kernels = p.net.model.n_layers * _KERNELS[self.job.compiled] * (1 + 0.3 * self.job.recompute)
+        compute = max(work, kernels * _LAUNCH_S)
+        return n_micro * compute, n_micro * self._messages(p.net, rows, compute, n_micro)
+
+    def _ask(self, p: Pass) -> tuple[float, float]:
+        rows = self.job.micro_rows(self.mesh.data) * self.job.row_len
+        n_micro = p.tokens / self.mesh.data / rows
+        work = self._forward(p, rows) + self._head(p, rows)
+        compute = max(work, p.net.model.n_layers * 0.33 * _KERNELS[self.job.compiled] * _LAUNCH_S)
+        return n_micro * compute, 0.0
+
+    def _write(self, p: Pass) -> tuple[float, float]:
+        """Answers, a token at a time: every weight is read for each, and the cache. Tensor ranks write the same."""
+        net, model, per_rank = p.net, p.net.model, p.tokens / p.new_tokens / self.mesh.data
+        at_once = min(per_rank, float(p.side_by_side))
+        rounds = math.ceil(per_rank / p.side_by_side) if per_rank > 1 else per_rank
+        width, count = BYTES[net.precision], count_params(model)
+        cache = self.job.cache_bytes(p) * at_once / p.side_by_side * (1 - p.new_tokens / p.seq_len / 2)
+        read = (count.active * width + cache) / self.memory
+        work = 2 * count.active * max(1.0, at_once) / self.product
+        token = max(read, work, model.n_layers * 20 * _LAUNCH_S)
+        copied = sum(other.cost.n_params * BYTES[other.precision] for other in self.job.trained)
+        whole = copied * (1 - 1 / (self.mesh.shards * self.mesh.tensor))
+        self._send("whole copies for answers", whole)
+        return rounds * p.new_tokens * token, whole / self._rate(self.mesh.shards * self.mesh.tensor, 1)
+
+    def _update(self, net: Net) -> float:
+        """The optimizer reads and writes its rank's share; Muon's products are shared out too."""
+        parts = self.mesh.shards * self.mesh.tensor
+        share = net.cost.n_trained_params / parts
+        seconds = share * 34 / self.memory
+        if self.job.optimizer == "muon":
+            D, whole = net.model.d_model, count_params(net.model).hidden
+            seconds += 5 * 6 * whole * D / self.product / parts
+            if parts > 1:
+                self._send("momentum for Muon", 4.0 * whole * (1 - 1 / parts))
+                seconds += 4.0 * whole * (1 - 1 / parts) / self._rate(parts, 1)
+        return seconds
+
+    # --- messages --------------------------------------------------------------------------------------------------
+
+    def _rate(self, group: int, apart: int) -> float:
+        """Bytes a second that each of a group of ranks passes on, by NCCL's rings.
+
+        A node's members pass on the same bytes, each over its own adapter a part of them: so the fewer of a node's GPUs
+        are in a group, the slower it is between nodes.
+
+        Args:
+            group: how many ranks.
+            apart: from one to the next in rank numbers.
+        """
+        inside = _LINK * self.cluster.gpu.link_gb_per_s
+        if group * apart <= self.cluster.per_node:
+            return 1e9 * inside
+        members = max(1, self.cluster.per_node // apart)
+        return 1e9 * min(inside, _NETWORK * self.cluster.network_gb_per_s * members)
+
+    def _send(self, why: str, n_bytes: float) -> None:
+        if n_bytes:
+            self.sent[why] = self.sent.get(why, 0.0) + n_bytes
+
+    def _messages(self, net: Net, rows: float, compute: float, n_micro: float) -> float:
+        """Seconds of one micro-batch's messages that its products don't hide."""
+        shards, t, width = self.mesh.shards, self.mesh.tensor, BYTES[net.precision]
+        seconds = 0.0
+        if t > 1:  # added up after attention and MLP, and so backwards; nothing computes meanwhile
+            each = 2 * rows * net.model.d_model * width * (t - 1) / t
+            n_bytes = net.model.n_layers * each * (4 + 2 * self.job.recompute)
+            self._send("tensor", n_bytes * n_micro)
+            seconds += n_bytes / self._rate(t, 1) + net.model.n_layers * 4 * _HOP_S
+        if shards > 1:
+            n_bytes = params_of(net, t) * (shards - 1) / shards * (2 * width + 4)  # weights twice, fp32 gradients once
+            self._send("sharded weights and gradients", n_bytes * n_micro)
+            hops = max(1, shards * t // self.cluster.per_node) * _HOP_S
+            travelling = n_bytes / self._rate(shards, t) + net.model.n_layers * 3 * hops
+            seconds += max(travelling - _OVERLAP * compute, travelling / net.model.n_layers)
+        return seconds
+
+    def _sum_up(self, net: Net) -> float:
+        """Seconds in which copies of the state add up their gradients: after the last backward pass, hidden by nothing."""
+        copies = self.mesh.copies
+        if copies == 1:
+            return 0.0
+        share = params_of(net, self.mesh.tensor) / net.cost.n_params / self.mesh.shards
+        n_bytes = 2 * net.cost.gradient_bytes * share * (copies - 1) / copies
+        self._send("gradients of copies", n_bytes)
+        return n_bytes / self._rate(copies, self.mesh.shards * self.mesh.tensor)

@@ -1,0 +1,203 @@
+"""How a job lies on many GPUs: what each holds in each phase, and which meshes there are. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from llmkit.model.config import GPTConfig
+from llmkit.plan.cost import BYTES, activation_bytes
+from llmkit.plan.gpus import Gpu
+from llmkit.plan.job import Job, Net
+
+Shard = Literal["none", "full", "hybrid"]
+_RUNTIME = 2.5e9  # CUDA's context, NCCL's and cuBLAS's buffers
+_HOLES = 1.08  # what the caching allocator loses between blocks of changing sizes
+USABLE = 0.95  # of a GPU's memory: the driver's share, and what a person needs to sleep
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of one kind."""
+
+    gpu: Gpu
+    nodes: int
+    per_node: int
+    network_gb_per_s: float
+    """Of one GPU, one way."""
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.per_node
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes:,} node{'s' if self.nodes > 1 else ''} of {self.per_node}"
+        network = f", {self.network_gb_per_s:g} GB/s a GPU between nodes" if self.nodes > 1 else ""
+        return f"{nodes} {self.gpu.name} ({self.gpu.memory_gb:g} GB){network}"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Which ranks hold what: `tensor` ranks split every matrix, `shards` groups of those split weights and optimizer."""
+
+    world: int
+    shard: Shard = "none"
+    tensor: int = 1
+    replicas: int = 1
+    """hybrid: groups of ranks that each hold everything."""
+
+    @property
+    def data(self) -> int:
+        """Ranks with different data."""
+        return self.world // self.tensor
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the state is cut, beside the cut by `tensor`."""
+        return {"none": 1, "full": self.data, "hybrid": self.data // self.replicas}[self.shard]
+
+    @property
+    def copies(self) -> int:
+        """How often the whole state is held."""
+        return self.data // self.shards
+
+    def __str__(self) -> str:
+        said = [f"parallel.shard={self.shard}"]
+        said += [f"parallel.replicas={self.replicas}"] if self.shard == "hybrid" else []
+        said += [f"parallel.tensor={self.tensor}"] if self.tensor > 1 else []
+        return " ".join(said)
+
+
+Memory = dict[str, dict[str, float]]  # phase -> part -> bytes on one rank
+
+
+def params_of(net: Net, tensor: int) -> float:
+    """Parameters of one of `tensor` ranks, before shares: embeddings and head are whole on each."""
+    return (net.cost.n_params - net.cost.n_embedding_params) / tensor + net.cost.n_embedding_params
+
+
+def state_of(net: Net, mesh: Mesh) -> dict[str, float]:
+    """What one rank keeps of a network throughout, part by part, in bytes."""
+    if not net.trained:  # every rank has one of its own
+        return {f"{net.role}: weights": net.cost.weight_bytes}
+    share = params_of(net, mesh.tensor) / net.cost.n_params / mesh.shards
+    rest = net.cost.state_bytes - net.cost.weight_bytes - net.cost.gradient_bytes
+    # Shares of weights are fp32 and the masters themselves; what is computed with is made of them for a moment.
+    weights = net.cost.weight_bytes if mesh.shards == 1 or BYTES[net.precision] >= 4 else 0
+    return {
+        f"{net.role}: weights": share * weights,
+        f"{net.role}: gradient": share * net.cost.gradient_bytes,
+        f"{net.role}: optimizer, masters": share * rest,
+    }
+
+
+def gathered_bytes(net: Net, mesh: Mesh) -> float:
+    """Whole weights that a rank holds for a moment: two blocks, and embeddings and head throughout a step."""
+    if mesh.shards == 1:
+        return 0.0
+    width = BYTES[net.precision]
+    block = (net.cost.n_params - net.cost.n_embedding_params) / net.model.n_layers / mesh.tensor
+    return 2 * block * width + block * 4 + net.cost.n_embedding_params * width  # a block's gradient goes out in fp32
+
+
+def memory_of(job: Job, mesh: Mesh) -> Memory:
+    """What one rank holds in each phase, part by part, in bytes."""
+    held: dict[str, float] = {"runtime": _RUNTIME}
+    for net in job.nets:
+        held |= state_of(net, mesh)
+    tokens = job.micro_rows(mesh.data) * job.row_len
+    activations = sum(  # an actor's and its critic's are there together: they have one loss
+        activation_bytes(
+            net.model, job.row_len, tokens, net.precision, job.loss_chunk, job.recompute, "cuda", mesh.tensor
+        )
+        for net in job.trained
+    )
+    whole = sum(gathered_bytes(net, mesh) for net in job.trained)
+    update = {"activations": _HOLES * activations, "whole weights for a moment": whole}
+    phases: Memory = {"update": {**held, **update}}
+    for written in (p for p in job.passes if p.kind == "write"):
+        spread = mesh.shards * mesh.tensor > 1
+        copied = sum(net.cost.n_params * BYTES[net.precision] for net in job.trained) if spread else 0.0
+        phases["answers"] = {**held, "whole copy": copied, "cache": float(job.cache_bytes(written))}
+    return phases
+
+
+def peak_of(memory: Memory) -> tuple[str, float]:
+    """The phase that needs most, and its bytes."""
+    return max(((phase, sum(parts.values())) for phase, parts in memory.items()), key=lambda found: found[1])
+
+
+def fits(job: Job, mesh: Mesh, cluster: Cluster) -> bool:
+    """Whether every phase finds room on a GPU."""
+    return peak_of(memory_of(job, mesh))[1] <= USABLE * 1e9 * cluster.gpu.memory_gb
+
+
+def splits(model: GPTConfig, n: int) -> bool:
+    """Whether matrices can be cut into n by heads and by columns of the MLP."""
+    return not (model.n_heads % n or model.kv_heads % n or model.width_of_mlp % n)
+
+
+def objection(job: Job, mesh: Mesh) -> str | None:
+    """Why a mesh is impossible, whatever the memory; None if it isn't."""
+    if mesh.world % mesh.tensor:
+        return f"parallel.tensor ({mesh.tensor}) does not divide the {mesh.world} GPUs"
+    spread = mesh.shards * mesh.tensor > 1
+    if spread and job.compiled:
+        return f"{mesh}: what is spread over ranks can't be compiled: set compile=false"
+    if spread and job.adapters:
+        return f"{mesh}: adapters train on whole copies of their base"
+    for net in job.trained:
+        if mesh.tensor > 1 and net.model.experts is not None:
+            return f"parallel.tensor ({mesh.tensor}): experts are not split by width"
+        if not splits(net.model, mesh.tensor):
+            heads = f"{net.model.n_heads} heads, {net.model.kv_heads} for keys and values, MLP {net.model.width_of_mlp}"
+            return f"parallel.tensor ({mesh.tensor}) does not divide the {net.role}'s sizes ({heads})"
+    if mesh.data > job.rows:
+        return (
+            f"{mesh.data:,} ranks with different data, but a step has {job.rows:,} rows: raise batch.tokens_per_step or "
+            "parallel.tensor, or take fewer GPUs"
+        )
+    if job.rows % mesh.data:
+        return f"{job.rows:,} rows of a step can't be shared out evenly over {mesh.data:,} ranks with different data"
+    if mesh.shard == "hybrid" and (mesh.replicas < 1 or mesh.data % mesh.replicas):
+        return f"parallel.replicas ({mesh.replicas}) does not divide the {mesh.data} ranks with different data"
+    return None
+
+
+def meshes(job: Job, cluster: Cluster) -> Iterator[Mesh]:
+    """Every mesh that makes sense: matrices are split inside a node only."""
+    tensors = [n for n in (1, 2, 4, 8, 16) if n <= cluster.per_node and cluster.per_node % n == 0]
+    for tensor in tensors:
+        mesh = Mesh(cluster.world, tensor=tensor)
+        yield mesh
+        if mesh.data > 1:
+            yield replace(mesh, shard="full")
+        in_node, replicas = cluster.per_node // tensor, 2
+        while mesh.data // replicas >= max(2, in_node):  # a group that shards fills a node at least
+            if mesh.data % replicas == 0:
+                yield replace(mesh, shard="hybrid", replicas=replicas)
+            replicas *= 2
+
+
+def easier(job: Job) -> Iterator[tuple[Job, str]]:
+    """The job, and the same with settings that fit more meshes or less memory, each with the keys that say so."""
+    yield job, ""
+    said = ""
+    if job.compiled:  # what is spread over ranks can't be compiled
+        job, said = replace(job, compiled=False), "compile=false"
+        yield job, said
+    if not job.recompute:
+        job, said = replace(job, recompute=True), f"{said} activation_checkpointing=true".strip()
+        yield job, said
+    usual = job.micro_rows
+    for most in (4, 2, 1):
+        if most < usual(1):
+            yield (
+                replace(job, micro_rows=_at_most(most, usual)),
+                f"{said} batch.micro_tokens={most * job.row_len}".strip(),
+            )
+
+
+def _at_most(most: int, usual: Callable[[int], int]) -> Callable[[int], int]:
+    return lambda n_data: min(most, usual(n_data))

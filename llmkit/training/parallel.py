@@ -1,0 +1,385 @@
+"""One model on many processes: rows computed together (tensor parallelism), weights in shares (PyTorch's FSDP2).
+
+Every process holds a rectangular piece of each parameter, its master, its gradient and its optimizer state, as a plain
+tensor: `Split` knows which, so that norms, Muon, replicas and checkpoints need not know how the model is spread.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmkit.config import UserError
+from llmkit.model.gpt import GPT, Block, parallel_plan
+from llmkit.model.heads import SequenceClassifier
+from llmkit.model.lora import adapters_of
+from llmkit.model.moe import MoE
+from llmkit.products import Linear, linear
+from llmkit.training.config import ParallelConfig, RunConfig
+from llmkit.training.dist import Ranks
+
+Index = tuple[slice, ...]
+
+
+# --- rows computed together ------------------------------------------------------------------------------------------
+
+
+class _Enter(torch.autograd.Function):
+    """The same forward; the gradient is summed over the processes that share the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Leave(torch.autograd.Function):
+    """The sum over the processes that share the rows; the gradient is the same for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        out = x.contiguous().clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _RowLinear(Linear):
+    """A linear layer of which this process has some inputs: outputs are added up, and the bias once after that."""
+
+    group: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _Leave.apply(linear(x, self.weight), self.group)
+        return out if self.bias is None else out + self.bias
+
+
+def _refuse(module: nn.Module, config: RunConfig, ranks: Ranks) -> None:
+    """Raises UserError for what can't be spread as the recipe asks, naming what could."""
+    said = config.parallel
+    spread = "parallel.shard and parallel.tensor" if said.shard != "none" and said.tensor > 1 else (
+        "parallel.tensor" if said.tensor > 1 else f"parallel.shard: {said.shard}"
+    )  # fmt: skip
+    if adapters_of(module):
+        raise UserError(f"lora with {spread}: adapters train on whole copies of their base: leave `parallel` out")
+    if config.compile:
+        raise UserError(f"compile with {spread} is not supported: set compile: false, or leave `parallel` out")
+    if config.log.gradient_noise:
+        raise UserError(
+            f"log.gradient_noise with {spread}: a rank's own gradient is never in one place: set it to false, or leave "
+            "`parallel` out"
+        )
+    for model in _models(module):
+        shape, n = model.config, ranks.tensor
+        if n > 1 and shape.experts is not None:
+            raise UserError(f"parallel.tensor ({n}): experts are not split by width: use parallel.shard: full instead")
+        widths = {"n_heads": shape.n_heads, "n_kv_heads": shape.kv_heads, "d_ff": shape.width_of_mlp}
+        for name, width in widths.items():
+            if width % n:
+                raise UserError(
+                    f"parallel.tensor ({n}) does not divide model.{name} ({width}): choose a divisor of it, or "
+                    "parallel.shard: full"
+                )
+
+
+def _models(module: nn.Module) -> list[GPT | SequenceClassifier]:
+    """The networks in what is trained: it is one, or holds a policy and its critic, or a student and projections."""
+    return [m for m in module.modules() if isinstance(m, (GPT, SequenceClassifier))]
+
+
+def _share_rows(module: nn.Module, ranks: Ranks) -> tuple[dict[str, int], set[str]]:
+    """Cuts the blocks' weights as `parallel_plan` says.
+
+    Returns:
+        Parameter -> the dimension along which it is cut; and the parameters whose gradients are partial.
+    """
+    cut: dict[str, int] = {}
+    partial: set[str] = set()
+    group, names = ranks.tensor_group, {id(p): n for n, p in module.named_parameters()}
+
+    def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_Enter.apply(args[0], group), *args[1:])
+
+    def keep(p: Tensor | None, dim: int) -> None:
+        if p is not None:
+            cut[names[id(p)]] = dim
+            p.data = p.data.chunk(ranks.tensor, dim)[ranks.place].clone()
+
+    for block in (m for m in module.modules() if isinstance(m, Block)):
+        for name, how in parallel_plan().items():
+            found = dict(block.named_modules()).get(name)
+            if found is None:  # GPT-2 has no gate
+                continue
+            if how == "enters":
+                found.register_forward_pre_hook(enter)
+            elif how == "partial":
+                partial |= {names[id(p)] for p in found.parameters()}
+            elif how == "columns":
+                assert isinstance(found, Linear)
+                keep(found.weight, 0)
+                keep(found.bias, 0)
+            else:
+                assert isinstance(found, Linear)
+                found.__class__, found.group = _RowLinear, group
+                keep(found.weight, 1)
+    return cut, partial
+
+
+# --- weights in shares -----------------------------------------------------------------------------------------------
+
+
+def _mesh(config: ParallelConfig, ranks: Ranks) -> tuple[Any, int, int]:
+    """The DeviceMesh over which FSDP2 shares weights, how many shares there are, and which is this process's."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    kind = ranks.device.type
+    if config.shard == "full":
+        mesh = init_device_mesh(kind, (ranks.world,)) if ranks.mesh is None else ranks.mesh["data"]
+        return mesh, ranks.world, ranks.rank
+    replicas = config.replicas or max(1, ranks.processes // ranks.per_node)
+    if ranks.world % replicas:
+        raise UserError(
+            f"parallel.replicas ({replicas}) does not divide the {ranks.world} ranks: choose a divisor, or shard: full"
+        )
+    shares = ranks.world // replicas
+    names = ("replicate", "shard", "tensor")
+    whole = init_device_mesh(kind, (replicas, shares, ranks.tensor), mesh_dim_names=names)
+    return whole["replicate", "shard"], shares, ranks.rank % shares
+
+
+def _shard(model: GPT | SequenceClassifier, mesh: Any, dtype: torch.dtype, wide: torch.dtype) -> None:
+    """Shares a network's weights: those of a block are put together just before it computes, those around the blocks for
+    a whole step, since the loss takes the head's matrix itself."""
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    # Angles of rotary positions are inputs of a block, and must stay in fp32 (B59).
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype != wide:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for name in ("at_tokens", "at_ends"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)  # a loss is a sum: nothing is averaged
+            part.set_force_sum_reduction_for_comms(True)
+    assert isinstance(model, FSDPModule)
+    # An expert that no token of this rank visits has no gradient here, but may have one elsewhere.
+    model.set_reduce_scatter_unused_params(any(isinstance(m, MoE) for m in model.modules()))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's numbers of a parameter or of its gradient, in the same memory."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# --- who holds what --------------------------------------------------------------------------------------------------
+
+
+class Split:
+    """A module spread over processes, and where each of its numbers is. Methods with a sum or a gather are collectives."""
+
+    def __init__(self, module: nn.Module, config: RunConfig, ranks: Ranks, dtype: torch.dtype, wide: torch.dtype):
+        """Spreads the module in place.
+
+        Args:
+            module: with its weights, whole, the same in every process, on the CPU.
+            config: the recipe, for `parallel`, and what does not go with it.
+            ranks: this process's place.
+            dtype: what is computed in.
+            wide: of shares and of sums of gradients.
+
+        Raises:
+            UserError: for what can't be spread so.
+        """
+        _refuse(module, config, ranks)
+        self.ranks, self.dtype = ranks, dtype
+        self.skeleton = skeleton_of(module, dtype)
+        self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
+        self.sharded: set[str] = set()
+        """Parameters whose gradients FSDP2 adds up over ranks."""
+        cut, self.partial = _share_rows(module, ranks) if ranks.tensor > 1 else ({}, set())
+        module.to(device=ranks.device)
+        self._models: list[Any] = []
+        shares, share = 1, 0
+        if config.parallel.shard != "none":
+            mesh, shares, share = _mesh(config.parallel, ranks)
+            names = {id(p): n for n, p in module.named_parameters()}
+            for model in _models(module):
+                self.sharded |= {names[id(p)] for p in model.parameters()}
+                _shard(model.to(dtype=wide), mesh, dtype, wide)
+                self._models.append(model)
+        self.size = shares * ranks.tensor
+        """Processes that hold one whole model together; they are neighbours."""
+        self.member = share * ranks.tensor + ranks.place
+        self.replica_number = ranks.process // self.size
+        self.group = _group(self.size, ranks)
+        self.pieces = {
+            name: [
+                _index(shape, cut.get(name), ranks.tensor, place, shares if name in self.sharded else 1, s)
+                for s, place in itertools.product(range(shares), range(ranks.tensor))
+            ]
+            for name, shape in self.shapes.items()
+        }
+        for name, p in module.named_parameters():
+            held = local(p)
+            assert held.shape == torch.empty(self.shapes[name], device="meta")[self.index(name)].shape, name
+
+    def index(self, name: str) -> Index:
+        """Which part of a whole parameter this process holds."""
+        return self.pieces[name][self.member]
+
+    def reshard(self) -> None:
+        """Forgets weights that were put together: before others are computed with."""
+        for model in self._models:
+            model.reshard()
+
+    # --- sums ----------------------------------------------------------------------------------------------------------
+
+    def sum_gradients(self, flat: Tensor, grads: dict[str, Tensor]) -> None:
+        """Adds gradients up over the ranks, in place, where that was not done in the backward pass."""
+        if not self.sharded:
+            self.ranks.sum_(flat)
+        for name, grad in grads.items():
+            if self.sharded and name not in self.sharded:
+                self.ranks.sum_(grad)
+            if name in self.partial:
+                dist.all_reduce(grad, group=self.ranks.tensor_group)
+
+    def squares(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The squared L2 norm of each whole tensor, of which these are pieces; every number counts once."""
+        mine = torch.stack(torch._foreach_norm(list(tensors.values()))).square()
+        first = [self.pieces[name].index(self.index(name)) == self.member for name in tensors]
+        mine = torch.where(torch.tensor(first, device=mine.device), mine, 0.0)
+        dist.all_reduce(mine, group=self.group)
+        return mine
+
+    # --- whole tensors -------------------------------------------------------------------------------------------------
+
+    def whole(self, name: str, piece: Tensor, to: int | None = None) -> Tensor | None:
+        """A whole tensor from the pieces of it.
+
+        Args:
+            name: the parameter whose shape and pieces it has.
+            piece: this process's.
+            to: the only member that gets it, the others get None. Default: all get it.
+        """
+        shape, pieces = self.shapes[name], self.pieces[name]
+        if len(set(map(str, pieces))) == 1:
+            return piece if to in (None, self.member) else None
+        sizes = [torch.empty(shape, device="meta")[index].shape for index in pieces]
+        buffer = piece.new_zeros(max(s.numel() for s in sizes))
+        buffer[: piece.numel()] = piece.reshape(-1)
+        out = [torch.empty_like(buffer) for _ in pieces] if to in (None, self.member) else None
+        if to is None:
+            dist.all_gather(out, buffer, group=self.group)
+        else:
+            dist.gather(buffer, out, group=self.group, group_dst=to)
+        if out is None:
+            return None
+        result = piece.new_empty(shape)
+        for index, size, part in zip(pieces, sizes, out, strict=True):
+            result[index] = part[: size.numel()].view(size)
+        return result
+
+    def on_wholes(
+        self, names: Sequence[str], pieces: Sequence[Tensor], work: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Pieces of what a function makes of whole matrices of one shape [K, A, B]; each is worked on by one process."""
+        mine: list[Tensor] = []
+        for i, (name, piece) in enumerate(zip(names, pieces, strict=True)):
+            found = self.whole(name, piece, to=i % self.size)
+            if i % self.size == self.member:
+                assert found is not None
+                mine.append(found)
+        done = list(work(torch.stack(mine)).to(pieces[0].dtype)) if mine else []
+        out = []
+        for i, name in enumerate(names):
+            shape, owner = self.shapes[name], i % self.size
+            result = done[i // self.size].contiguous() if owner == self.member else pieces[0].new_empty(shape)
+            dist.broadcast(result, group=self.group, group_src=owner)
+            out.append(result[self.index(name)])
+        return out
+
+    def replica(self, weights: dict[str, Tensor]) -> nn.Module:
+        """A whole copy of the module on this process, in evaluation mode and without gradients.
+
+        Args:
+            weights: this process's pieces of all parameters.
+        """
+        module = copy.deepcopy(self.skeleton)
+        wholes = {}
+        for name, piece in weights.items():
+            found = self.whole(name, piece.to(self.dtype))
+            assert found is not None
+            wholes[name] = found.clone() if found.data_ptr() == piece.data_ptr() else found
+        fill(module, wholes)
+        return module.eval().requires_grad_(False)
+
+
+def _group(size: int, ranks: Ranks) -> Any:
+    """The process group of neighbours that hold one model together; None: all processes."""
+    if size == ranks.processes:
+        return None
+    if size == ranks.tensor:
+        return ranks.tensor_group
+    groups = [dist.new_group(list(range(a, a + size))) for a in range(0, ranks.processes, size)]
+    return groups[ranks.process // size]
+
+
+def _index(shape: Sequence[int], dim: int | None, tensor: int, place: int, shares: int, share: int) -> Index:
+    """The piece of a tensor that is cut along `dim` in `tensor` parts, and each of those in rows over the shares as
+    `torch.chunk` does."""
+    starts, ends = [0] * len(shape), list(shape)
+    if dim is not None:
+        width = shape[dim] // tensor
+        starts[dim], ends[dim] = place * width, (place + 1) * width
+    if shares > 1:
+        first, rows = starts[0], ends[0] - starts[0]
+        each = -(-rows // shares)
+        starts[0], ends[0] = first + min(rows, share * each), first + min(rows, (share + 1) * each)
+    return tuple(slice(a, b) for a, b in zip(starts, ends, strict=True))
+
+
+# --- modules without weights -----------------------------------------------------------------------------------------
+
+
+def skeleton_of(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a module whose parameters have shapes, but no memory."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=dtype, device="meta"), p.requires_grad)
+        for p in module.parameters()
+    }
+    return copy.deepcopy(module, memo)
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Gives parameters these values, in whatever dtype and place they are."""
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def is_spread(config: ParallelConfig, ranks: Ranks) -> bool:
+    """Whether a process holds less than the whole model: one process alone always holds all of it."""
+    return ranks.tensor > 1 or (config.shard != "none" and ranks.processes > 1)

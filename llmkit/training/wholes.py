@@ -1,0 +1,214 @@
+"""Checkpoints of a model that is spread over processes: whole tensors are gathered, one at a time, each by its owner.
+
+The files are those of one process, or parts of them: a folder is a plain Hugging Face model whatever the mesh it was
+trained on, and any number of processes, on any mesh, resumes it. A layer has one owner, which writes all that belongs to
+it; owners are chosen so that each has about as many bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llmkit.model.saving import load_saved, saved_tensors
+from llmkit.model.weights import read_tensors
+from llmkit.training.checkpoint import MAX_SHARD_BYTES, Tensors, index_of, whole_name
+from llmkit.training.norms import layers_of
+from llmkit.training.optim import tensor_bytes
+from llmkit.training.parallel import Split, fill
+
+Pieces = dict[str, Tensor]
+
+
+class Wholes:
+    """Who gathers what, and into which files. Every process makes the same plan."""
+
+    def __init__(self, split: Split, weights: Pieces, states: dict[str, Pieces]):
+        """Plans.
+
+        Args:
+            split: what the tensors are pieces of.
+            weights: this process's pieces of all parameters, as they are computed with.
+            states: file -> this process's pieces of what belongs to parameters, under `<parameter>` or
+                `<kind>.<parameter>`; a tensor without dimensions is no piece.
+        """
+        self.split, self.weights, self.states = split, weights, states
+        self.units = list(layers_of(split.shapes).values())
+        self._of = {file: self._by_parameter(tensors) for file, tensors in states.items()}
+        sizes = [self._shapes(unit) for unit in self.units]
+        self.sizes = {(file, n): t for files in sizes for file, tensors in files.items() for n, t in tensors.items()}
+        """Shapes and dtypes by (file of one process, tensor)."""
+        n_bytes = [sum(tensor_bytes(t.values()) for t in files.values()) for files in sizes]
+        filled = [0] * split.size
+        self.owners = [0] * len(self.units)
+        for u in sorted(range(len(self.units)), key=lambda u: (-n_bytes[u], u)):
+            self.owners[u] = filled.index(min(filled))
+            filled[self.owners[u]] += n_bytes[u]
+        self.total_bytes = sum(n_bytes)
+        self.names = self._name(sizes)
+        """The file that a tensor stands in, by (file of one process, tensor)."""
+
+    def _by_parameter(self, tensors: Pieces) -> dict[str, list[tuple[str, Tensor]]]:
+        """Parameter -> the tensors that belong to it, with their names."""
+        known: dict[str, list[tuple[str, Tensor]]] = {}
+        for name, t in tensors.items():
+            own = name
+            while own not in self.split.shapes:
+                own = own.partition(".")[2]
+                assert own, name
+            known.setdefault(own, []).append((name, t))
+        return known
+
+    def _shapes(self, unit: list[str]) -> dict[str, Tensors]:
+        """What the files of a unit hold, without memory."""
+        split = self.split
+        files = _saved(split.skeleton, {n: torch.zeros(1, dtype=split.dtype).expand(split.shapes[n]) for n in unit})
+        for file, of in self._of.items():
+            found = {
+                name: torch.empty(split.shapes[own] if t.dim() else (), dtype=t.dtype, device="meta")
+                for own in unit
+                for name, t in of.get(own, ())
+            }
+            if found:
+                files[file] = found
+        return files
+
+    def _name(self, sizes: list[dict[str, Tensors]]) -> dict[tuple[str, str], str]:
+        """Gives every tensor its file: one per owner, or several where a model's part is very large."""
+        bins: dict[str, list[list[str]]] = {}
+        for member in range(self.split.size):
+            filled: dict[str, int] = {}
+            for files, owner in zip(sizes, self.owners, strict=True):
+                for file, tensors in files.items() if owner == member else ():
+                    for name, t in tensors.items():
+                        size = tensor_bytes([t])
+                        if file not in filled or filled[file] + size > MAX_SHARD_BYTES:
+                            bins.setdefault(file, []).append([])
+                            filled[file] = 0
+                        bins[file][-1].append(name)
+                        filled[file] += size
+        names: dict[tuple[str, str], str] = {}
+        for file, parts in bins.items():
+            stem = file.removesuffix(".safetensors")
+            for i, part in enumerate(parts, 1):
+                own = file if len(parts) == 1 else f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors"
+                names |= {(file, name): own for name in part}
+        return names
+
+    @torch.no_grad()
+    def gather(self) -> dict[str, Tensors]:
+        """This process's files, whole, in main memory. A collective of the processes that hold one model."""
+        out: dict[str, Tensors] = {}
+        for unit, owner in zip(self.units, self.owners, strict=True):
+            mine = owner == self.split.member
+            whole: Pieces = {}
+            files: dict[str, Tensors] = {}
+            for own in unit:
+                found = self.split.whole(own, self.weights[own].to(self.split.dtype), to=owner)
+                if found is not None and mine:
+                    whole[own] = found.to("cpu", copy=True)
+                for file, of in self._of.items():
+                    for name, t in of.get(own, ()):
+                        state = self.split.whole(own, t, to=owner) if t.dim() else t
+                        if state is not None and mine:
+                            files.setdefault(file, {})[name] = state.to("cpu", copy=True)
+            if mine:
+                files |= _saved(self.split.skeleton, whole)
+            for file, tensors in files.items():
+                for name, t in tensors.items():
+                    out.setdefault(self.names[file, name], {})[name] = t
+        if self.split.member == 0:
+            out |= {file: {} for file, tensors in self.states.items() if not tensors}
+        return out if self.split.replica_number == 0 else {}
+
+    def index_files(self) -> dict[str, bytes]:
+        """For every model in several files: its index."""
+        indices: dict[str, dict[str, Tensors]] = {}
+        for (file, name), own in self.names.items():
+            if own != file and file.rpartition("/")[2] == "model.safetensors":
+                parts = indices.setdefault(f"{file}.index.json", {})
+                parts.setdefault(own.rpartition("/")[2], {})[name] = self.sizes[file, name]
+        return {file: index_of(parts) for file, parts in indices.items()}
+
+    @torch.no_grad()
+    def load(self, folder: Path, but: Collection[str] = ()) -> None:
+        """Fills this process's pieces from a checkpoint's folder, of any mesh; of optimizer, masters and average only the
+        pieces are read.
+
+        Args:
+            folder: verified.
+            but: files that are not for here.
+
+        Raises:
+            ValueError: on any difference in names or shapes.
+        """
+        found = {file: paths for file, paths in _files(folder).items() if file not in but}
+        model = {file for file, _ in self.names if file not in self.states}
+        for file in [*model, *self.states]:
+            if file not in found:
+                raise ValueError(f"{file}: in this run only")
+        extra = sorted(found.keys() - model - self.states.keys())
+        if extra:
+            raise ValueError(f"{extra[0]}: in the checkpoint only")
+        whole = copy.deepcopy(self.split.skeleton).to_empty(device="cpu")
+        given = {file: dict(pair for path in found[file] for pair in read_tensors(path)) for file in model}
+        check_shapes(saved_tensors(whole), given)
+        load_saved(whole, given)
+        for name, p in whole.named_parameters():
+            self.weights[name].copy_(p[self.split.index(name)])
+        for file, tensors in self.states.items():  # masters after the weights, which are they, rounded
+            self._load_state(file, tensors, found[file])
+
+    def _load_state(self, file: str, tensors: Pieces, paths: list[Path]) -> None:
+        missing = dict(tensors)
+        owned = {name: own for own, of in self._of[file].items() for name, _ in of}
+        for path in paths:
+            with safe_open(path, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    piece = missing.pop(name, None)
+                    shape = () if piece is None or not piece.dim() else self.split.shapes[owned[name]]
+                    given = opened.get_slice(name)
+                    if piece is None or tuple(given.get_shape()) != shape:
+                        raise ValueError(
+                            f"{file}: {name}: {tuple(given.get_shape())} is saved, "
+                            f"{'nothing' if piece is None else shape} is expected"
+                        )
+                    piece.copy_(given[self.split.index(owned[name])] if shape else opened.get_tensor(name))
+        if missing:
+            raise ValueError(f"{file}: {next(iter(missing))}: nothing is saved")
+
+
+def check_shapes(own: dict[str, Tensors], given: dict[str, Tensors]) -> None:
+    """Raises ValueError naming the first tensor of a model that is missing, unknown or of another shape."""
+    for file, mine in own.items():
+        for name in [*mine, *given[file]]:
+            a, b = mine.get(name), given[file].get(name)
+            if a is None or b is None or a.shape != b.shape:
+                raise ValueError(
+                    f"{file}: {name}: {'nothing' if b is None else tuple(b.shape)} is saved, "
+                    f"{'nothing' if a is None else tuple(a.shape)} is expected"
+                )
+
+
+def _files(folder: Path) -> dict[str, list[Path]]:
+    """The safetensors files of a checkpoint, parts of one together under its name."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found.setdefault(whole_name(path.relative_to(folder).as_posix()), []).append(path)
+    return found
+
+
+def _saved(skeleton: nn.Module, whole: Pieces) -> dict[str, Tensors]:
+    """What a checkpoint's files hold of the parameters of a layer, under the family's names and in its layout."""
+    module = copy.deepcopy(skeleton)
+    fill(module, whole)
+    files = {
+        file: {name: t for name, t in tensors.items() if not t.is_meta}
+        for file, tensors in saved_tensors(module).items()
+    }
+    return {file: tensors for file, tensors in files.items() if tensors}

@@ -1,0 +1,132 @@
+"""Every stage on every spread of the model is the stage on one process: `pytest -m campaign -s` on this file.
+
+The campaign prints the table of docs/parallel.md. In fp64, so that what is left is the rounding of sums (D4, B3, B4, B8).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from posttraining import STAGES, tiny_stage, tiny_world
+from reliability import read_jsonl, tiny_recipe, train
+
+from llmkit.storage import newest_good
+
+STEPS = 9  # into the third rollout
+SPREADS: dict[str, tuple[int, dict[str, Any]]] = {
+    "replicated": (2, {}),
+    "shard: full": (2, {"shard": "full"}),
+    "tensor: 2": (2, {"tensor": 2}),
+    "both": (4, {"shard": "full", "tensor": 2}),
+}
+# Heads lie in several processes: their scores can't be compared there, and are refused.
+TOGETHER = {"losses": [{"kind": "soft"}, {"kind": "hidden"}]}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_world(tmp_path_factory.mktemp("matrix"))
+
+
+def _child(process: int, world: int, recipe: str, port: int) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": process, "WORLD_SIZE": world, "LOCAL_RANK": process, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({key: str(value) for key, value in {**place, "MASTER_PORT": port}.items()})
+    assert train(Path(recipe)) == 0, recipe
+
+
+def on_processes(world: int, recipe: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_child, (world, str(recipe), port), nprocs=world)
+
+
+def recipe_of(folder: Path, stage: str, out: str, **changes: Any) -> Path:
+    if stage == "pretrain":  # without dropout, which every rank draws for its own rows
+        return tiny_recipe(folder, out=str(folder / out), model={"dropout": 0.0}, batch={"micro_tokens": 64}, **changes)
+    return tiny_stage(folder, stage, out, **changes)
+
+
+def compare(folder: Path, stage: str, spread: str) -> float:
+    """Trains both, if one process has not yet; the largest relative difference of any number in metrics.jsonl."""
+    n, parallel = SPREADS[spread]
+    changes = {"precision": "fp64", "steps": STEPS}
+    alone, apart = f"{stage}-alone", f"{stage}-{spread}".replace(": ", "-")
+    if stage == "distill" and "tensor" in parallel:
+        changes |= TOGETHER
+        alone += "-together"
+    if not (folder / alone / "DONE").exists():
+        assert train(recipe_of(folder, stage, alone, **changes)) == 0
+    on_processes(n, recipe_of(folder, stage, apart, **changes, parallel=parallel))
+    one, several = (read_jsonl(folder / run / "metrics.jsonl") for run in (alone, apart))
+    assert len(one) == len(several) and len([m for m in one if "train/loss" in m]) == STEPS
+    worst = 0.0
+    for a, b in zip(one, several, strict=True):
+        assert a.keys() == b.keys()
+        assert a.get("train/data_hash") == b.get("train/data_hash"), a["step"]
+        for key, value in a.items():
+            if stage == "dpo" and a["step"] <= 1 and key.endswith("accuracy"):
+                continue  # policy and reference are one model: every margin is 0, and its sign a matter of rounding
+            if key == "train/idle":
+                continue
+            worst = max(worst, abs(b[key] - value) / max(abs(value), 1e-3))
+    return worst
+
+
+def test_a_policy_in_shares(world: Path) -> None:
+    """Rollouts on a gathered copy, unequal numbers of micro-batches, a critic beside the policy, saves within a rollout."""
+    assert compare(world, "ppo", "shard: full") <= 1e-9
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("stage", ["pretrain", *STAGES])
+def test_stage(world: Path, stage: str) -> None:
+    found = {spread: compare(world, stage, spread) for spread in SPREADS}
+    print("\n| " + " | ".join([stage, *(f"{worst:.0e}" for worst in found.values())]) + " |")
+    assert max(found.values()) <= 1e-9
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "ppo"])
+def test_other_processes_go_on(world: Path, stage: str) -> None:
+    """D3: 1 -> 2 -> 4 -> 1 processes in the middle of a run: the same samples, and to rounding the same numbers."""
+    recipe = recipe_of(world, stage, f"{stage}-changed", precision="fp64", steps=STEPS)
+    text = recipe.read_text()
+    assert train(recipe, "stop_at=3") == 0
+    for n, stop, spread in ((2, 5, "shard: full"), (4, 7, "both")):
+        said = "".join(f"  {key}: {value}\n" for key, value in SPREADS[spread][1].items())
+        recipe.write_text(f"{text}stop_at: {stop}\nparallel:\n{said}")
+        on_processes(n, recipe)
+    recipe.write_text(text)
+    assert train(recipe) == 0
+    alone = world / f"{stage}-alone"
+    if not (alone / "DONE").exists():
+        assert train(recipe_of(world, stage, alone.name, precision="fp64", steps=STEPS)) == 0
+    one, changed = (read_jsonl(folder / "metrics.jsonl") for folder in (alone, world / f"{stage}-changed"))
+    for a, b in zip(one, changed, strict=True):
+        assert a == pytest.approx(b, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_resume_is_exact(world: Path, stage: str) -> None:
+    """A run in shares that was stopped and started again on as many processes is, to the bit, one that never was."""
+    changes: dict[str, Any] = {"precision": "fp64", "steps": STEPS, "parallel": {"shard": "full", "tensor": 2}}
+    whole, parts = f"{stage}-whole", f"{stage}-parts"
+    on_processes(4, recipe_of(world, stage, whole, **changes))
+    for stop in (4, STEPS):
+        on_processes(4, recipe_of(world, stage, parts, stop_at=stop, **changes))
+    one, two = (newest_good(world / run)[0] for run in (whole, parts))
+    assert one is not None and two is not None
+    names = sorted(p.relative_to(one).as_posix() for p in one.rglob("*.safetensors"))
+    assert len(names) > 4
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert (world / whole / "metrics.jsonl").read_bytes() == (world / parts / "metrics.jsonl").read_bytes()
