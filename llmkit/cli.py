@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from llmkit.commands import folders, judging, measuring, recipes, writing
+from llmkit.commands import folders, judging, looking, measuring, pipeline, recipes, reporting, writing
 
 USER_MISTAKE, STOPPED_ITSELF, INTERRUPTED = 2, 3, 130
 EXIT_CODES = """exit codes:
@@ -24,9 +24,21 @@ EXIT_CODES = """exit codes:
 _BAD_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes `key=value` also behind options, which argparse by itself doesn't."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if odd := [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(found, "overrides")]:
+            self.error(f"unrecognized arguments: {' '.join(odd)}")
+        if rest:
+            found.overrides = [*found.overrides, *rest]
+        return found
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llmkit",
         description="Trains language models from YAML recipes.",
         epilog=EXIT_CODES,
@@ -34,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(metavar="command", dest="command")
-    for module in (recipes, writing, judging, measuring, folders):
+    for module in (recipes, pipeline, writing, judging, measuring, looking, reporting, folders):
         module.add(commands)
     return parser
 

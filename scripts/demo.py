@@ -1,32 +1,29 @@
-"""`make demo`: trains a tokenizer and a GPT on the demo world, shows what it learnt, and fails if it learnt too little.
+"""`make demo`: a model's whole life, from text to a quantised student, and a table of what came of it.
 
-Run again, it goes on where it stopped, or only shows the result.
+Runs configs/demo/pipeline.yaml, whose nodes are stages and commands. Stopped or killed, it goes on where it was; run again, it
+only shows the table. Arguments are those of `llmkit run`: `scripts/demo.py --dry-run`, `scripts/demo.py ppo.steps=16`.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import math
 import sys
 import time
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llmkit.cli import main as llmkit
 from llmkit.data.prepare import Prepared, prepare
-from llmkit.inference.config import SamplingConfig
-from llmkit.inference.generate import generate
-from llmkit.model.weights import load_model
 from llmkit.stages import load_recipe
-from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
+from llmkit.tools.comparison import markdown
 from llmkit.training.log import read_lines
 
-TOKENIZER, PRETRAIN = "configs/tokenizer/demo.yaml", "configs/pretrain/demo.yaml"
+PIPELINE, OUT = "configs/demo/pipeline.yaml", Path("runs/demo")
 LIMIT = 0.6  # of the unigram entropy
-FORMS = {"en": "Question: {}\nAnswer:", "zh": "问：{}\n答："}
 
 
 def unigram_bits_per_byte(data: Prepared, vocab_size: int) -> float:
@@ -39,57 +36,50 @@ def unigram_bits_per_byte(data: Prepared, vocab_size: int) -> float:
     return float(bits[held_out].sum()) / sum(s.n_bytes for s in data.valid)
 
 
-def answered(run: Path, tokenizer: Tokenizer) -> dict[str, tuple[float, int]]:
-    """Share of held-out questions that the model completes exactly as the oracle wants, and their number, by kind."""
-    spec = importlib.util.spec_from_file_location("world", Path("data/world.py"))
-    assert spec is not None and spec.loader is not None
-    world = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(world)
-    items = [i for i in read_lines(Path("data/demo/heldout.jsonl")) if len(i["prompt"]) < 160]
-    model = load_model(resolve_model(run))
-    prompts = [[tokenizer.bos_id or 0, *tokenizer.encode(FORMS[i["lang"]].format(i["prompt"]))] for i in items]
-    sampling = SamplingConfig(max_new_tokens=24, temperature=0, stop=("\n",))
-    right: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    for start in range(0, len(items), 64):
-        part = slice(start, start + 64)
-        for item, made in zip(items[part], generate(model, prompts[part], sampling, tokenizer=tokenizer), strict=True):
-            total[item["kind"]] += 1
-            right[item["kind"]] += world.score(item, made.text) == 1.0
-    return {kind: (right[kind] / n, n) for kind, n in sorted(total.items())}
+def last(run: Path, name: str) -> float:
+    """The last value of a metric of a run."""
+    return float(next(r[name] for r in reversed(read_lines(run / "metrics.jsonl")) if name in r))
+
+
+def table(models: list[dict[str, Any]]) -> str:
+    """What `llmkit compare` found of all models, a model a column."""
+    rows = {
+        "exact answers, %": lambda m: f"{100 * m['scores']['exact']['mean']:.1f}",
+        "perplexity of held-out answers": lambda m: f"{m['perplexity']:.2f}",
+        "parameters, M": lambda m: f"{m['parameters'] / 1e6:.2f}",
+        "size, MB": lambda m: f"{m['bytes'] / 1e6:.2f}",
+        "prompts read, tokens/s": lambda m: f"{np.median(m['speed']['prompt']):,.0f}",
+        "answers written, tokens/s": lambda m: f"{np.median(m['speed']['generation']):,.0f}",
+    }
+    head = ["", *(m["name"] for m in models)]
+    return markdown([head, *([name, *map(cell, models)] for name, cell in rows.items())], [])
 
 
 def main() -> int:
-    """Trains what is missing and prints the table; returns the exit code."""
+    """Runs what is missing and prints the table; returns the exit code."""
     started = time.monotonic()
-    for recipe in (TOKENIZER, PRETRAIN):
-        print(f"\n$ llmkit train {recipe}", flush=True)
-        if code := llmkit(["train", recipe]):
-            return code
-    recipe = load_recipe(PRETRAIN)
-    run = Path(recipe.out)
-    tokenizer = Tokenizer.load(recipe.tokenizer.path)
-    data = prepare(recipe.data, tokenizer, progress=False)
-    steps = read_lines(run / "metrics.jsonl")
-    valid = next(r for r in reversed(steps) if "valid/bits_per_byte" in r)
-    unigram, reached = unigram_bits_per_byte(data, tokenizer.vocab_size), valid["valid/bits_per_byte"]
-    speed = np.median([r["tokens_per_s"] for r in read_lines(run / "timing.jsonl") if "tokens_per_s" in r])
-    print(f"\nHeld-out text after {valid['step']} steps ({speed:,.0f} tokens/s):")
-    for name, value in {
-        "unigram": f"{unigram:.3f} bits per byte",
-        "this model": f"{reached:.3f} bits per byte, {reached / unigram:.0%} of the unigram (must be below {LIMIT:.0%})",
-        "perplexity": f"{math.exp(valid['valid/loss']):.2f} per token",
-    }.items():
-        print(f"  {name:12s} {value}")
-    print("\nHeld-out questions completed exactly (a base model, greedy, nothing but `Question: ... Answer:`):")
-    for kind, (share, n) in answered(run, tokenizer).items():
-        print(f"  {kind:12s} {100 * share:5.1f} %  of {n}")
-    print(f"\nplot         {run / 'plots' / 'loss.png'}")
-    print(f"try          .venv/bin/llmkit generate {run} --prompt $'Question: Where does Mira live?\\nAnswer:'")
-    print(f"took         {time.monotonic() - started:.0f} s")
+    if (code := llmkit(["run", PIPELINE, *sys.argv[1:]])) or "--dry-run" in sys.argv:
+        return code
+    recipe = load_recipe(str(OUT / "pretrain" / "recipe.yaml"))
+    tokenizer = Tokenizer.load(OUT / "tokenizer")
+    unigram = unigram_bits_per_byte(prepare(recipe.data, tokenizer, progress=False), tokenizer.vocab_size)
+    reached = last(OUT / "pretrain", "valid/bits_per_byte")
+    found = json.loads((OUT / "compare" / "compare.json").read_bytes())
+    print(f"\nHeld-out questions and answers ({found['questions']['path']}, {found['held_out']['path']}):\n")
+    print(f"{table(found['models']).rstrip()}\n")
+    told = {
+        "base model": f"{reached:.3f} bits per byte of held-out text, {reached / unigram:.0%} of the unigram's {unigram:.3f} "
+        f"(must be below {LIMIT:.0%}); perplexity {math.exp(last(OUT / 'pretrain', 'valid/loss')):.2f} per token",
+        "reward model": f"{100 * last(OUT / 'reward', 'valid/pairs/accuracy'):.1f} % of held-out pairs in the right order",
+        "report": f"{OUT / 'report' / 'report.html'}: curves, answers side by side, rollouts, lineage",
+        "try": f".venv/bin/llmkit chat {OUT / 'distill'}   or   .venv/bin/llmkit lineage {OUT / 'int8'}",
+        "took": f"{time.monotonic() - started:.0f} s",
+    }
+    for name, text in told.items():
+        print(f"{name:13s} {text}")
     if not reached < LIMIT * unigram:
         print(
-            f"error: {reached:.3f} is not below {LIMIT:.0%} of {unigram:.3f}: the model learnt too little",
+            f"error: {reached:.3f} is not below {LIMIT:.0%} of {unigram:.3f}: the base learnt too little",
             file=sys.stderr,
         )
         return 1

@@ -45,6 +45,14 @@ COMMANDS = (
     "quantize",
     "average",
     "schema",
+    "report",
+    "sweep",
+    "run",
+    "lineage",
+    "diff",
+    "inspect",
+    "doctor",
+    "replay",
 )
 TEXT = "The mill stands by the river. 从前山谷里有一座磨坊。 Mira lives in the valley.\n" * 60
 
@@ -268,6 +276,19 @@ def test_candidates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for k in ("0", "-1"):
         code, _, err = said(capsys, "generate", str(run), "--prompt", "The", "--candidates", k)
         assert code == 2 and "candidates: must be at least 1" in err
+
+
+def test_a_draft_changes_no_greedy_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model as its own draft: all it proposes is taken."""
+    greedy = ["generate", str(run), "--prompt", "The mill", "--temperature", "0", "--max-new-tokens", "24"]
+    plain = said(capsys, *greedy)[1]
+    code, out, err = said(capsys, *greedy, "--draft", str(run))
+    n_taken, n_drafted = (int(word) for word in err.replace("draft's", "").split() if word.isdigit())
+    assert code == 0 and out == plain and n_taken == n_drafted > 8
+    code, out, _ = said(capsys, *greedy, "--draft", str(run), "--n", "2", "--temperature", "1")
+    assert code == 0 and out.startswith("--- 1 of 2\n") and "\n--- 2 of 2\n" in out
+    code, _, err = said(capsys, *greedy, "--draft", str(run), "--beams", "2")
+    assert code == 2 and "drop --draft" in err
 
 
 BAD_OPTIONS = {

@@ -17,9 +17,10 @@ PACKAGE = Path(llmkit.__file__).parent
 # long as no cycle arises, its own.
 FLOORS: list[tuple[str, ...]] = [
     ("config", "*.config", "stages.recipes"),
-    ("storage", "sandbox", "products"),
+    ("storage", "sandbox", "products", "lineage"),
     ("tokenizer",),
-    ("training.dist",),
+    ("training.dist", "training.liveness"),
+    ("training.watch",),
     ("training.log",),
     (
         "model",
@@ -28,16 +29,18 @@ FLOORS: list[tuple[str, ...]] = [
         "advantages",
         "plan",
         "training.optim",
+        "training.parallel",
         "training.guard",
         "training.norms",
         "training.freeze",
         "training.meter",
     ),
-    ("inference", "training.engine", "training.checkpoint", "training.task"),
+    ("inference", "training.engine", "training.checkpoint", "training.team", "training.wholes", "training.task"),
     ("training.loop", "evaluation", "export"),
     (
         "training.supervised",
         "training.setup",
+        "training.jobs",
         "training.judging",
         "training.preferring",
         "training.policy",

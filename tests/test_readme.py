@@ -46,7 +46,7 @@ def test_the_commands_are_commands() -> None:
             continue
         argv = words[starts[0] :]
         args = build_parser().parse_args(["train", *argv] if words[starts[0] - 1].endswith("train.py") else argv)
-        if "overrides" in args:
+        if "recipe" in args and "overrides" in args:
             load_recipe(args.recipe, args.overrides)
         n_commands += 1
     assert n_commands, "README.md shows no command of ours"

@@ -18,7 +18,7 @@ from llmkit.tokenizer import TokenizerConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SCHEMA = CONFIGS / "recipe.schema.json"
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+RECIPES = [f for f in sorted(CONFIGS.rglob("*.yaml")) if "pipeline" not in (f.stem, f.parent.name)]
 every_recipe = pytest.mark.parametrize("file", RECIPES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 
 
@@ -43,6 +43,7 @@ def test_it_plans_and_builds(file: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """The cost model's count of parameters is that of the network itself, built without memory."""
     recipe = load_recipe(file)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmkit.plan.machine.free_memory", lambda device: None)  # some are for larger machines
     old = getattr(recipe, "teacher", None) or getattr(recipe, "init_from", None)
     if old is not None:  # made by another recipe, which need not have run here
         with pytest.raises(UserError, match=f"^{old}: no such folder"):

@@ -18,10 +18,15 @@ def _answer_commands(commands: Any) -> None:
     rank.add_argument("-k", type=int, default=4, help="different answers to a prompt; default: 4")
     rank.add_argument(
         "--annotator",
-        choices=("person", "simulated", "none"),
+        metavar="WHO",
         default="person",
-        help="who ranks them: you, at this terminal; a function with a stated noise; nobody yet",
+        help="person: you, at this terminal (default); simulated: a function with a stated noise; none: nobody yet; with "
+        "--serve your name",
     )
+    rank.add_argument("--serve", action="store_true", help="a page in the browser, for one person or several")
+    rank.add_argument("--host", default="127.0.0.1", help="the page: other machines' addresses need --api-key")
+    rank.add_argument("--port", type=int, default=8000, help="the page: 0 takes a free one; default: 8000")
+    rank.add_argument("--api-key", metavar="KEY", help="the page opens at /#key=KEY only; or LLMKIT_API_KEY")
     rank.add_argument(
         "--utility", action="append", default=[], metavar="REWARD", help="simulated: how good an answer is; see sample"
     )

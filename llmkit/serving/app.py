@@ -99,15 +99,14 @@ def build_app(service: Service) -> ASGIApp:
         Route(CHAT, text, methods=["POST"]),
         Route("/v1/embeddings", embeddings, methods=["POST"]),
     ]
-    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _bug}
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app = Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False
     return Guard(app, service)
 
 
-def read_page() -> tuple[str, str]:
-    """The chat page, and the policy that lets it run its own script and nothing else."""
-    page = (files("llmkit.serving") / "page.html").read_text("utf-8")
+def read_page(name: str = "page.html") -> tuple[str, str]:
+    """A page of this folder, and the policy that lets it run its own script and nothing else."""
+    page = (files("llmkit.serving") / name).read_text("utf-8")
 
     def own(tag: str) -> str:
         found = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -134,3 +133,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _bug(_: Request, error: Exception) -> Response:
     return error_response(ApiError(500, "an error of the server: its log tells more", code="internal_error"))
+
+
+HANDLERS = {ApiError: _api_error, HTTPException: _http_error, Exception: _bug}
+"""Errors as clients get them."""

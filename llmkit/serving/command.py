@@ -28,7 +28,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal comes; says on stderr where."""
-    _need_libraries()
+    need_libraries("serve")
     from llmkit.serving.server import serve
 
     config = read_config(args)
@@ -72,12 +72,13 @@ def _given(args: argparse.Namespace, kind: type[EngineConfig]) -> dict[str, Any]
     return {name: value for name in kind.model_fields if (value := getattr(args, name, None)) is not None}
 
 
-def _need_libraries() -> None:
+def need_libraries(command: str) -> None:
+    """Raises UserError, naming the extra, where a server can't run."""
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as e:
-        raise UserError(f"serve: {e.name} is not installed: pip install 'llmkit[serve]'") from None
+        raise UserError(f"{command}: {e.name} is not installed: pip install 'llmkit[serve]'") from None
 
 
 def listen(host: str, port: int) -> socket.socket:

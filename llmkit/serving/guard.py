@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llmkit.serving.config import Limits, ServingConfig
+from llmkit.serving.metrics import Metrics
 from llmkit.serving.schema import ApiError
-from llmkit.serving.service import Service
 
 OPEN = ("/", "/health")  # paths that tell nothing, and need no key
 COUNTED = (*OPEN, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/embeddings")
@@ -27,10 +28,21 @@ HEADERS = [
 ]
 
 
+class Guarded(Protocol):
+    """What stands behind the guard, as far as that must know it."""
+
+    @property
+    def config(self) -> ServingConfig: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def metrics(self) -> Metrics: ...
+
+
 class Guard:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, service: Service):
+    def __init__(self, app: ASGIApp, service: Guarded):
         self.app, self.service = app, service
         self.limits, self.metrics = service.limits, service.metrics
 

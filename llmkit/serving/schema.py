@@ -215,6 +215,7 @@ class EmbeddingRequest(Config):
 
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest, EmbeddingRequest)
+Parsed = TypeVar("Parsed", bound=Config)
 
 
 def as_list(value: Any) -> Any:
@@ -238,7 +239,14 @@ def _refused(constant: str) -> Any:
 
 
 def read(kind: type[Body], data: bytes, limits: Limits) -> Body:
-    """A body's bytes as a request. Raises ApiError (400) that names the field."""
+    """A body's bytes as a request within the limits. Raises ApiError (400) that names the field."""
+    request = parse(kind, data)
+    _check_limits(request, limits)
+    return request
+
+
+def parse(kind: type[Parsed], data: bytes) -> Parsed:
+    """A body's bytes as what is expected. Raises ApiError (400) that names the field."""
     try:
         body = json.loads(data.decode("utf-8"), parse_constant=_refused)
     except (ValueError, RecursionError) as e:
@@ -252,11 +260,9 @@ def read(kind: type[Body], data: bytes, limits: Limits) -> Body:
     body = {key: value for key, value in body.items() if value is not None}
     _check_plain(body, "body")
     try:
-        request: Body = kind.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as e:
         raise explained(e) from None
-    _check_limits(request, limits)
-    return request
 
 
 def _shown(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llmkit.serving.app import build_app
@@ -72,12 +73,16 @@ def _no_more(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
 
 def make_server(service: Service) -> uvicorn.Server:
     """A server that is not yet running."""
-    limits = service.limits
+    return server_of(build_app(service), service.limits)
+
+
+def server_of(app: ASGIApp, limits: Limits) -> uvicorn.Server:
+    """A server of any application, with these limits to its clients' patience."""
     # uvicorn makes protocols by the class alone, so that the limits of this server go into a class of its own.
     protocol = type("Protocol", (PatientProtocol,), {"limits": limits})
     return uvicorn.Server(
         uvicorn.Config(
-            build_app(service),
+            app,
             http=protocol,
             ws="none",
             lifespan="on",

@@ -30,10 +30,11 @@ class Judgement:
 
 def from_scores(scores: Sequence[float]) -> Ranking:
     """The ranking that scores mean: the highest first, equal ones tied."""
-    return _flat([[i for i, s in enumerate(scores) if s == value] for value in sorted(set(scores), reverse=True)])
+    return flat([[i for i, s in enumerate(scores) if s == value] for value in sorted(set(scores), reverse=True)])
 
 
-def _flat(groups: Sequence[Sequence[int]]) -> Ranking:
+def flat(groups: Sequence[Sequence[int]]) -> Ranking:
+    """Groups of equally good answers, best first, as they are written: an answer that stands alone without its list."""
     return [group[0] if len(group) == 1 else sorted(group) for group in groups]
 
 
@@ -80,7 +81,7 @@ class Noise:
             groups = [groups[i] for i in sorted(range(len(groups)), key=lambda i: -noisy[i])]
         elif self.kind == "flip" and len(groups) > 1:
             groups = _insert(groups, _dispersion(len(groups), self.amount), pick)
-        return _flat(groups)
+        return flat(groups)
 
     def ceiling(self, utilities: Sequence[float]) -> list[float]:
         """For each pair of unequal utilities, how probable it is that the ranking has it the right way round.
@@ -194,7 +195,7 @@ def parse_order(text: str, n: int) -> Ranking:
     groups += [rest] if rest else []
     if len(groups) == 1:
         raise ValueError("all equally good: nothing can be learnt from that; `skip` leaves the prompt out")
-    return _flat([[number - 1 for number in group] for group in groups])
+    return flat([[number - 1 for number in group] for group in groups])
 
 
 def parse_scores(text: str, n: int) -> list[float]:
@@ -273,7 +274,7 @@ class Person:
         if word not in ("scores", "score"):
             order = parse_order(line, len(places))
             groups = [[places[k] for k in ([place] if isinstance(place, int) else place)] for place in order]
-            return Judgement(_flat(groups), None, comment)
+            return Judgement(flat(groups), None, comment)
         given = parse_scores(line.strip().partition(" ")[2], len(places))
         scores = [given[places.index(i)] for i in range(len(places))]
         return Judgement(from_scores(scores), scores, comment)

@@ -27,10 +27,10 @@ from llmkit.tokenizer import Tokenizer
 from llmkit.training.dist import pick_device
 
 TRIES = 4  # draws of k answers at most, until k of them differ
-# Columns that say what kind of row it is: beside our own they would make it another.
+# Columns that say what kind of row it is, or whose: beside our own they would make it another.
 _OF_PREFERENCES = ("prompt", "responses", "ranking", "scores", "score", "chosen", "rejected", "utility", "comment")
 _OF_DIALOGUES = ("messages", "conversations", "completion", "label", "instruction", "history", "question", "prompt_row")
-LAYOUT_COLUMNS = frozenset((*_OF_PREFERENCES, *_OF_DIALOGUES))
+LAYOUT_COLUMNS = frozenset((*_OF_PREFERENCES, *_OF_DIALOGUES, "annotator"))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 `FILE` holds the rows, each with the number of its prompt (`prompt_row`), and nothing else, so that any tool reads it.
 `FILE.notes` holds, a line each, the settings, then what became of every prompt, also of those that gave no row. A prompt
-counts as done when its note is on disk; rows without one are cut off at the next start and made again.
+counts as done when its note is on disk; rows without one are taken out at the next start and made again. Where several
+people judge the same prompts, rows and notes also hold whose they are (`annotator`), and each does a prompt once.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any
 from llmkit import storage
 from llmkit.config import UserError, flatten
 
-ROW = "prompt_row"
+ROW, BY = "prompt_row", "annotator"
 Record = dict[str, Any]
+Key = int | tuple[int, str]
+"""A prompt's number; with whose judgement it is, where there are several people."""
 
 
 def _bytes_of(records: Sequence[Record]) -> bytes:
@@ -67,15 +70,15 @@ class Ledger:
             raise UserError(
                 f"{self.out}: was begun with other settings:{changed}\nput them back, or choose another --out"
             )
-        self.done: dict[int, Record] = {}
+        self.done: dict[Key, Record] = {}
         """What was noted of each prompt, in the order in which they were done."""
         self.remarks: list[Record] = []
         """The notes that are about no prompt."""
         for line in lines[1:]:
             if line.get("undone"):
-                self.done.pop(line[ROW], None)
+                self.done.pop(_key(line), None)
             elif ROW in line:
-                self.done[line[ROW]] = line
+                self.done[_key(line)] = line
             else:
                 self.remarks.append(line)
         self._cut_rows()
@@ -86,31 +89,36 @@ class Ledger:
         storage.disk.sync(fd)
 
     def _cut_rows(self) -> None:
-        """Cuts a torn last line, and the rows at the end whose prompt isn't done."""
-        length = _whole_lines(self.out)
+        """Cuts a torn last line, and takes out the rows whose prompt isn't done; lines that aren't ours stay."""
+        whole = _whole_lines(self.out)
         with self.out.open("rb") as f:
-            lines = f.read(length).splitlines(keepends=True)
-        while lines and (number := _number(lines[-1])) is not None and number not in self.done:
-            length -= len(lines.pop())
-        _cut(self.out, length)
+            lines = f.read(whole).splitlines(keepends=True)
+        kept = [line for line in lines if (key := _key_of(line)) is None or key in self.done]
+        if kept == lines[: len(kept)]:
+            _cut(self.out, sum(map(len, kept)))
+        else:
+            storage.replace_file(self.out, b"".join(kept))
+            self._files[0].close()
+            self._files[0] = self.out.open("ab", buffering=0)
 
-    def add(self, number: int, rows: Sequence[Record], note: Record | None = None) -> None:
-        """Notes a prompt as done, with the rows it gave, which may be none."""
+    def add(self, number: int, rows: Sequence[Record], note: Record | None = None, by: str | None = None) -> None:
+        """Notes a prompt as done (`by` somebody), with the rows it gave, which may be none."""
+        place = {ROW: number} if by is None else {ROW: number, BY: by}
         if rows:
-            self._append(0, [{**row, ROW: number} for row in rows])
-        told = {ROW: number, **(note or {})}
+            self._append(0, [{**row, **place} for row in rows])
+        told = {**place, **(note or {})}
         self._append(1, [told])
-        self.done[number] = told
+        self.done[_key(told)] = told
 
-    def take_back(self) -> tuple[int, Record] | None:
-        """Undoes the last prompt: its number and note, or None if there is none."""
-        if not self.done:
+    def take_back(self, by: str | None = None) -> tuple[int, Record] | None:
+        """Undoes the last prompt, or the last of somebody's: its number and note, or None if there is none."""
+        key = next((key for key in reversed(self.done) if by is None or self.done[key].get(BY) == by), None)
+        if key is None:
             return None
-        number = next(reversed(self.done))
-        self._append(1, [{ROW: number, "undone": True}])
-        note = self.done.pop(number)
+        note = self.done.pop(key)
+        self._append(1, [{k: note[k] for k in (ROW, BY) if k in note} | {"undone": True}])
         self._cut_rows()
-        return number, note
+        return note[ROW], note
 
     def tell(self, record: Record) -> None:
         """Adds a line to the notes that is about no prompt, such as a summary."""
@@ -132,14 +140,17 @@ class Ledger:
         self.close()
 
 
-def _number(line: bytes) -> int | None:
-    """The prompt a row belongs to; None for a line that isn't ours."""
+def _key(record: Record) -> Key:
+    return (record[ROW], record[BY]) if BY in record else record[ROW]
+
+
+def _key_of(line: bytes) -> Key | None:
+    """Whose row of which prompt it is; None for a line that isn't ours."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    number = row.get(ROW) if isinstance(row, dict) else None
-    return number if type(number) is int else None
+    return _key(row) if isinstance(row, dict) and type(row.get(ROW)) is int else None
 
 
 def _whole_lines(path: Path) -> int:

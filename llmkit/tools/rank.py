@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from llmkit.config import UserError
+from llmkit.config import UserError, validate
 from llmkit.rollout.rewards.base import Rewards
+from llmkit.serving.command import listen, need_libraries
+from llmkit.serving.config import ServingConfig
 from llmkit.tokenizer import Tokenizer
 from llmkit.tools.annotators import Judgement, Noise, Person, agreement, pairs_of
 from llmkit.tools.candidates import (
@@ -28,22 +32,23 @@ from llmkit.tools.candidates import (
 )
 from llmkit.tools.grading import read_rewards, tokenizer_for, whole_answer
 from llmkit.tools.ledger import Ledger, Record
+from llmkit.tools.sitting import Ahead, Sitting, Source, keep
 from llmkit.training.dist import pick_device
 
-Source = Callable[[Sequence[Asked]], list[list[str]]]
-"""Answers to some prompts."""
+ANNOTATORS = ("person", "simulated", "none")
 
 
 def run(args: argparse.Namespace) -> int:
     """Rows to --out; what a person is shown goes to stdout, notes and progress to stderr."""
     noise = _check(args)
     out = check_out(args.out)
+    page = _page(args, out) if args.serve else None
     given = _from_model(args) if args.answers is None else _from_file(args)
     settings = {
         **given.settings,
         "command": "rank",
         "prompts": fingerprint(given.rows),
-        "annotator": args.annotator,
+        "annotator": "page" if args.serve else args.annotator,
         "shuffle": args.shuffle,
     }
     judge = None
@@ -59,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
         todo = [row for row in rows if row.number not in ledger.done]
         if ledger.done:
             _say(f"{out}: {len(ledger.done)} prompts are done, {len(todo)} are left")
-        if args.annotator == "person":
+        if page is not None:
+            _on_a_page(args, page, ledger, rows, given.source)
+        elif args.annotator == "person":
             _by_person(args, ledger, rows, todo, given.source)
         else:
             _by_machine(args, ledger, todo, given.source, judge)
@@ -84,6 +91,12 @@ def _check(args: argparse.Namespace) -> Noise:
         raise UserError("rank: name the MODEL that answers the prompts")
     if args.answers is not None and args.annotator == "none":
         raise UserError("rank: --answers with --annotator none leaves nothing to do")
+    if args.serve and args.annotator in ("simulated", "none"):
+        raise UserError(f"rank: --serve is for people, --annotator {args.annotator} needs no page: drop one of the two")
+    if not args.serve and args.annotator not in ANNOTATORS:
+        raise UserError(
+            f"rank: --annotator {args.annotator}: one of {', '.join(ANNOTATORS)}, or with --serve the name of whoever ranks"
+        )
     if args.k < 2:
         raise UserError(f"rank: -k must be at least 2, so that there is something to compare (got {args.k})")
     simulated = args.annotator == "simulated"
@@ -181,35 +194,11 @@ def _by_machine(
             texts = source(block)
             if judge is None:
                 for row, some in zip(block, texts, strict=True):
-                    _keep(ledger, row, some, None)
+                    keep(ledger, row, some, None)
             else:
                 for row, some, (judgement, utilities) in zip(block, texts, judge(block, texts), strict=True):
-                    _keep(ledger, row, some, judgement, utilities)
+                    keep(ledger, row, some, judgement, utilities)
             bar.update(len(block))
-
-
-def _keep(
-    ledger: Ledger,
-    row: Asked,
-    responses: list[str],
-    judgement: Judgement | None,
-    utilities: list[float] | None = None,
-) -> None:
-    """Writes a row, or notes why there is none."""
-    if len(responses) < 2:
-        ledger.add(row.number, [], {"left_out": "alike"})
-    elif judgement is None and utilities is not None:
-        ledger.add(row.number, [], {"left_out": "unjudged"})
-    elif judgement is not None and not pairs_of(judgement.ranking):
-        ledger.add(row.number, [], {"left_out": "tied"})
-    else:
-        made: Record = {"prompt": row.written, "responses": responses}
-        if judgement is not None:
-            made["ranking"] = judgement.ranking
-            made |= {k: v for k in ("scores", "comment") if (v := getattr(judgement, k)) is not None}
-        if utilities is not None:
-            made["utility"] = utilities
-        ledger.add(row.number, [{**made, **row.others}])
 
 
 def _by_person(
@@ -218,12 +207,12 @@ def _by_person(
     """One prompt after the other; the next one's answers are written while this one's are read."""
     person = Person(sys.stdin.readline, _show, args.seed)
     queue = list(todo)
-    with _Ahead(source) as ahead:
+    with Ahead(source) as ahead:
         while queue:
             row = queue[0]
             (responses,) = ahead(row, queue[1] if len(queue) > 1 else None)
             if len(responses) < 2:
-                _keep(ledger, queue.pop(0), responses, None)
+                keep(ledger, queue.pop(0), responses, None)
                 continue
             title = f"prompt {len(rows) - len(queue) + 1} of {len(rows)}"
             judgement = person.judge(title, row.number, row.prompt, responses)
@@ -236,8 +225,35 @@ def _by_person(
                 ledger.add(queue.pop(0).number, [], {"left_out": "skipped"})
             else:
                 assert isinstance(judgement, Judgement)
-                _keep(ledger, queue.pop(0), responses, judgement)
+                keep(ledger, queue.pop(0), responses, judgement)
         _show("that was the last prompt\n")
+
+
+def _page(args: argparse.Namespace, out: Path) -> ServingConfig:
+    """Where the page is to be; refused before a model is loaded."""
+    need_libraries("rank --serve")
+    key = args.api_key if args.api_key is not None else os.environ.get("LLMKIT_API_KEY") or None
+    told = {"host": args.host, "port": args.port, "name": out.stem, "api_key": key}
+    config: ServingConfig = validate(ServingConfig, told, {(): "rank --serve"})
+    return config
+
+
+def _on_a_page(
+    args: argparse.Namespace, config: ServingConfig, ledger: Ledger, rows: Sequence[Asked], source: Source
+) -> None:
+    """Several people, each in a browser, until a signal comes."""
+    from llmkit.serving.ranking import serve
+
+    sitting = Sitting(ledger, rows, source, args.seed)
+    with contextlib.closing(sitting), listen(config.host, config.port) as listener:
+        serve(config, sitting, "" if args.annotator == "person" else args.annotator, listener)
+        told = sitting.agreement()
+    for pair in told["pairs"]:
+        tau = "-" if pair["tau"] is None else f"{pair['tau']:.3f}"
+        _say(f"{pair['a']} and {pair['b']}: Kendall's tau {tau} on {pair['n_prompts']} prompts of both")
+    if told["alpha"] is not None:
+        _say(f"Krippendorff's alpha (ordinal) of all: {told['alpha']:.3f}")
+    ledger.tell({"agreement": told})
 
 
 def _show(text: str) -> None:
@@ -257,27 +273,6 @@ def _undo(ledger: Ledger, rows: Sequence[Asked], queue: list[Asked]) -> None:
             queue.insert(0, by_number[number])
         if note.get("left_out") != "alike":
             return
-
-
-class _Ahead:
-    """Answers in the background: those of the next prompt, while a person reads this one's."""
-
-    def __init__(self, source: Source):
-        self._source = source
-        self._pool = ThreadPoolExecutor(1)
-        self._made: dict[int, Future[list[list[str]]]] = {}
-
-    def __call__(self, row: Asked, following: Asked | None) -> list[list[str]]:
-        for one in (row, following):
-            if one is not None and one.number not in self._made:
-                self._made[one.number] = self._pool.submit(self._source, [one])
-        return self._made[row.number].result()
-
-    def __enter__(self) -> _Ahead:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
 
 # --- what came of it -------------------------------------------------------------------------------------------------
