@@ -110,6 +110,9 @@ class Threads(Ranks):
         tensor.copy_(sum(self.shared[r] for r in range(self.world)))
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum_(torch.tensor(int(flag))).item())
+
 
 def test_two_ranks_say_the_same_as_one(model: GPT, prompts: Path, tmp_path: Path) -> None:
     """Also where one of them has nothing to do in the last round."""
