@@ -13,8 +13,17 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Files that hold one long test: begun first, so that nobody waits for them at the end.
-LONG = ("test_readme.py", "test_worked_examples.py", "test_fuzz.py")
+# Files that take long: begun first, so that nobody waits for them at the end.
+LONG = (
+    "test_readme.py",
+    "test_fuzz.py",
+    "test_parallel.py",
+    "test_distill.py",
+    "test_worked_examples.py",
+    "test_doctor_faults.py",
+    "test_posttrain_resume.py",
+    "test_objectives.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
