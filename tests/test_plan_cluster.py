@@ -42,7 +42,7 @@ def job(model: GPTConfig, rows: int, micro: int = 1, **options: Any) -> Job:
     said: dict[str, Any] = {
         "stage": "pretrain", "steps": 1000, "nets": (net,), "passes": (Pass(net, "train", float(rows * T), T),),
         "rows": rows, "row_len": T, "micro_rows": lambda n: min(micro, max(1, rows // n)), "precision": "bf16",
-        "optimizer": "adamw", "loss_chunk": 256, "recompute": True, "compiled": False, "adapters": False,
+        "optimizer": "adamw", "loss_chunk": 256, "recompute": True, "compiled": False, "packed": False,
         "kept_checkpoints": 3, "save_every": 100,
     }  # fmt: skip
     return Job(**{**said, **options})
@@ -99,6 +99,19 @@ def test_more_ranks_never_need_more_memory() -> None:
     assert peak_of(memory_of(planned, Mesh(8, "full", tensor=2)))[1] < 1.2 * peaks[0]
 
 
+def test_ranks_that_share_rows() -> None:
+    """As much work, an N-th of a row's activations on each, and keys and values as messages."""
+    planned = job(llama("8b"), 64)
+    alone, shared = (Mesh(64, "full"), Mesh(64, "full", context=4))
+    one, four = (memory_of(planned, mesh)["update"]["activations"] for mesh in (alone, shared))
+    assert one / 4 < four < 0.6 * one  # the gradient of the head is whole
+    assert state_of(planned.nets[0], alone) == state_of(planned.nets[0], shared)
+    apart, together = (Clock(planned, mesh, cluster("h100", 8)).step() for mesh in (alone, shared))
+    assert together.messages["keys and values"] > 0 and "keys and values" not in apart.messages
+    assert together.total == pytest.approx(apart.total, rel=0.3)
+    assert objection(planned, Mesh(256, "full", context=4)) is None  # four times as many GPUs as rows
+
+
 def test_messages_between_nodes_are_slower() -> None:
     """The same job and mesh on one node and on eight of one GPU."""
     planned = job(llama("8b"), 64)
@@ -115,7 +128,9 @@ def test_messages_between_nodes_are_slower() -> None:
         (Mesh(64, tensor=16), {}, "does not divide the model's sizes (32 heads, 8 for keys and values, MLP 14336)"),
         (Mesh(8, tensor=3), {}, "parallel.tensor (3) does not divide the 8 GPUs"),
         (Mesh(8, "hybrid", replicas=3), {}, "parallel.replicas (3) does not divide the 8 ranks"),
-        (Mesh(8, "full"), {"adapters": True}, "adapters train on whole copies of their base"),
+        (Mesh(8, context=3), {}, "parallel.context (3) does not divide the 8 ranks"),
+        (Mesh(8, context=2), {"compiled": True}, "parallel.context (2) can't be compiled"),
+        (Mesh(8, "full"), {"packed": True}, "a base in 4 bits is not cut up"),
     ],
 )
 def test_what_is_impossible_is_said_with_the_numbers(mesh: Mesh, options: dict[str, Any], said: str) -> None:

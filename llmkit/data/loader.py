@@ -7,12 +7,13 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from llmkit.data.packing import (
     packed_rows,
 )
 from llmkit.data.shards import TokenShards
+from llmkit.model.context import Context, RowPart
 
 PADDING = -1  # the source of a row that is all padding
 _BLOCK = 1 << 24  # tokens whose documents' beginnings are in memory at once
@@ -54,13 +56,32 @@ class Batch:
     """Every row holds at most one document, so that plain causal attention isolates them."""
     full: bool = False
     """Every row is one document without padding, so that attention in both directions needs no mask either."""
+    part: RowPart | None = None
+    """Where other processes have the rows' other positions: what is common to all of them."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; from pinned memory the copy runs beside what the GPU does."""
         ids, labels, positions, docs = (
             t.to(device, non_blocking=True) for t in (self.ids_BT, self.labels_BT, self.positions_BT, self.docs_BT)
         )
-        return Batch(ids, labels, positions, docs, self.denominator, self.n_tokens, self.one_document, self.full)
+        part = None if self.part is None else self.part.to(device)
+        return Batch(ids, labels, positions, docs, self.denominator, self.n_tokens, self.one_document, self.full, part)
+
+    def part_of(self, context: Context) -> Batch:
+        """The positions that one process computes; rows are filled up with padding to a length that can be cut."""
+        missing = context.padded(self.ids_BT.shape[1]) - self.ids_BT.shape[1]
+        docs_BS = F.pad(self.docs_BT, (0, missing), value=-1)
+        labels_BT, docs_BT = context.own(F.pad(self.labels_BT, (0, missing), value=IGNORE)), context.own(docs_BS)
+        return replace(
+            self,
+            ids_BT=context.own(F.pad(self.ids_BT, (0, missing))),  # nothing sees them, whatever they are
+            labels_BT=labels_BT,
+            positions_BT=context.own(F.pad(self.positions_BT, (0, missing))),
+            docs_BT=docs_BT,
+            denominator=float((labels_BT != IGNORE).sum()),
+            n_tokens=float((docs_BT >= 0).sum()),
+            part=RowPart(context, docs_BS, self.one_document, self.full and not missing),
+        )
 
 
 def text_batch(rows: Rows, pin_memory: bool) -> Batch:
@@ -225,6 +246,7 @@ class RowLoader:
         micro_rows: rows of one forward pass on one rank. Default: the rank's share of a step.
         cut: from a step's sources and rows to the places among them of each micro-batch, instead of runs of micro_rows.
         prefetch: steps built ahead in a thread; 0: none, and no thread.
+        context: the rows' positions are shared by several processes, which have one rank here; batches hold this one's.
 
     Raises:
         UserError: the rows can't be shared out evenly.
@@ -242,6 +264,7 @@ class RowLoader:
         micro_rows: int | None = None,
         cut: Callable[[NDArray[np.int64], NDArray[np.int64]], list[NDArray[np.int64]]] | None = None,
         prefetch: int = 2,
+        context: Context | None = None,
     ):
         self.rows, self.row_len, self.rows_per_step = rows, rows.row_len, rows_per_step
         self.micro_rows = micro_rows or max(1, rows_per_step // world)
@@ -250,10 +273,15 @@ class RowLoader:
         self.n_rows = list(rows.n_rows)
         """Rows of one epoch of each source."""
         self._order = SampleOrder(self.n_rows, weights, seed)
-        self._cut = cut
+        self._cut, self._context = cut, context
         self._depth = prefetch
         self._prefetcher: _Prefetcher | None = None
         self._last: tuple[int, int, list[Any]] = (-1, 0, [])
+
+    @property
+    def ranks(self) -> str:
+        """How many share the data, and each of their rows, in words."""
+        return f"{self.world}" if self._context is None else f"{self.world} x {self._context.n}"
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -278,7 +306,8 @@ class RowLoader:
     def tokens_hash(self, k: int) -> int:
         """Sum modulo 2**63 over this rank's rows of step k of a hash of (sample number, tokens).
 
-        The sum of it over ranks, again modulo 2**63, depends only on which samples the step holds.
+        The sum of it over ranks, again modulo 2**63, depends only on which samples the step holds. Of the processes that
+        share rows the first counts them.
         """
         return self._last[1] if self._last[0] == k else self._build(k)[1]
 
@@ -307,11 +336,17 @@ class RowLoader:
         runs = (np.arange(n, n + self.micro_rows) for n in range(0, len(row), self.micro_rows))
         for part in runs if self._cut is None else self._cut(source, row):
             batch, tokens = self.rows.batch(numbers[part], source[part], row[part])
-            batches.append(batch)
+            batches.append(self._own(batch))
+            if self._context is not None and self._context.place:
+                continue
             for number, ids in zip(numbers[part].tolist(), tokens, strict=True):
                 data = number.to_bytes(8, "little") + ids.astype("<i4").tobytes()
                 tokens_hash += int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
         return batches, tokens_hash % (1 << 63)
+
+    def _own(self, batch: Any) -> Any:
+        """What this process computes of its rank's batch."""
+        return batch if self._context is None else batch.part_of(self._context)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -334,7 +369,7 @@ class RowLoader:
             numbers = np.arange(start, start + self.micro_rows)
             source = np.searchsorted(offsets, numbers, "right") - 1
             source[numbers >= last] = PADDING
-            yield self.rows.batch(numbers, source, numbers - offsets[source])[0]
+            yield self._own(self.rows.batch(numbers, source, numbers - offsets[source])[0])
 
     # --- the thread --------------------------------------------------------------------------------------------------
 

@@ -85,13 +85,15 @@ class Taps:
         self._model, self._of_hidden, self._of_attention = model, sorted(set(hidden)), sorted(set(attention))
         self._open = False  # while the model runs: a block that is run again in the backward pass is not looked at
         self._handles: list[Any] = []
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
     def __enter__(self) -> Taps:
         if not self._of_hidden and not self._of_attention:
             return self
         decoder = self._model.model
-        self._compiled, self._model._compiled_call_impl = self._model._compiled_call_impl, None
+        for module in (self._model, *decoder.layers):  # spread over processes, blocks are compiled one by one
+            self._compiled.append((module, module._compiled_call_impl))
+            module._compiled_call_impl = None
         self._handles = [decoder.register_forward_pre_hook(self._begin), decoder.register_forward_hook(self._end)]
         for layer in self._of_hidden:
             self._handles.append(decoder.layers[layer - 1].register_forward_hook(self._keep_hidden(layer)))
@@ -109,7 +111,9 @@ class Taps:
         for layer in self._of_attention:
             self._attention(layer).tap = None
         self._handles, self._open = [], False
-        self._model._compiled_call_impl, self._compiled = self._compiled, None
+        for module, compiled in self._compiled:
+            module._compiled_call_impl = compiled
+        self._compiled = []
 
     def _attention(self, layer: int) -> Attention:
         block = self._model.model.layers[layer - 1]

@@ -23,6 +23,7 @@ from llmkit.losses import IGNORE, LossSum
 from llmkit.losses.distillation import DenseTeacher, SoftTerm, TopKTeacher, distillation_loss, rows_at_once, uld_loss
 from llmkit.losses.features import attention_loss, hidden_loss, relation_loss
 from llmkit.model.config import GPTConfig
+from llmkit.model.context import RowPart
 from llmkit.model.gpt import GPT, causal_mask
 from llmkit.model.heads import Distilled
 from llmkit.stages.recipes import DistillRecipe
@@ -110,7 +111,7 @@ class Terms:
 
         def loss(module: nn.Module, batch: Batch) -> LossSum:
             student, recipe = student_of(module), self.recipe
-            mask = attention_mask(batch.docs_BT, batch.one_document)
+            mask = batch.part or attention_mask(batch.docs_BT, batch.one_document)
             with self._taps(student, features, 0) as mine:
                 hidden_BTD = student(batch.ids_BT, batch.positions_BT, mask)
             taught: DenseTeacher | TopKTeacher | None = None
@@ -138,7 +139,7 @@ class Terms:
             extra = {t.label: (t.weight, self._uld(student, hidden_BTD, batch)) for t in uld}
             if features:
                 assert theirs is not None
-                seen = _visible(batch, mask)
+                seen = None if isinstance(mask, RowPart) else _visible(batch, mask)
                 extra |= {t.label: (t.weight, self._feature(t, module, mine, theirs, batch, seen)) for t in features}
             total, parts = out.total, dict(out.parts)
             if told_weight != ce_weight:
@@ -157,7 +158,7 @@ class Terms:
         return Taps(model, hidden=hidden, attention=inside)
 
     def _feature(
-        self, term: FeatureConfig, module: nn.Module, mine: Taps, theirs: Taps, batch: Batch, seen: Tensor
+        self, term: FeatureConfig, module: nn.Module, mine: Taps, theirs: Taps, batch: Batch, seen: Tensor | None
     ) -> Tensor:
         """Sum over positions of a feature's distance, the mean over its pairs of layers."""
         queries_BT = batch.labels_BT != IGNORE
@@ -170,7 +171,9 @@ class Terms:
                 found.append(
                     hidden_loss(mine.hidden[s][queries_BT], theirs.hidden[t][queries_BT], weight, term.measure)
                 )
-        elif isinstance(term, AttentionConfig):
+            return torch.stack(found).sum() / len(pairs)
+        assert seen is not None, "refused by the recipe"
+        if isinstance(term, AttentionConfig):
             found = [
                 attention_loss(mine.queries[s], mine.keys[s], theirs.queries[t], theirs.keys[t], seen, queries_BT)
                 for s, t in pairs

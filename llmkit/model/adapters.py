@@ -190,6 +190,25 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**out, **{_PREFIX + name: p for name, p in heads_of(model).items()}}
 
 
+def adapter_parameters(model: nn.Module) -> set[str]:
+    """The parameters that `adapter_tensors` holds, by our names: those of adapters, and a head of scores."""
+    layers = adapters_of(model)
+    own = {n for n, _ in model.named_parameters() if ".lora_" in n and n.rpartition(".lora_")[0] in layers}
+    return own | heads_of(model).keys()
+
+
+def adapter_sources(model: nn.Module) -> set[str]:
+    """What `adapter_tensors` looks at beside those: weights without an adapter whose rows stand beside rows with one."""
+    layers = adapters_of(model)
+    return {
+        f"{name}.weight"
+        for names in _modules(model).values()
+        if any(name in layers and layers[name].magnitude is not None for name in names)
+        for name in names
+        if name not in layers
+    }
+
+
 def _blocks(
     names: list[str], layers: dict[str, LoraLinear], plain: dict[str, nn.Linear]
 ) -> list[tuple[slice, slice, LoraLinear]]:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmkit.config import UserError
 from llmkit.model.config import GPTConfig, LinearScaling, Llama3Scaling, YarnScaling
+from llmkit.model.context import PartMask, RowPart
 from llmkit.model.layouts import config_of, use_layout
 from llmkit.model.moe import LayerRouting, MoE, Routing, gather_routing, set_load
 from llmkit.products import Linear, linear
@@ -212,7 +213,7 @@ class Attention(nn.Module):
         self.tap: Callable[[Tensor, Tensor, Tensor], None] | None = None  # shown q, k and v; see `distill.layers`
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope | None, mask: Tensor | None, causal: bool, cache: KVCache | None
+        self, x_BTD: Tensor, rope: Rope | None, mask: Tensor | PartMask | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         q = self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
@@ -222,13 +223,32 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if self.tap is not None:
             self.tap(q, k, v)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-            mask = mask if mask is None else mask[..., -k.shape[2] :]
-        if self.groups > 1:
-            k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
-        out = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
+        if isinstance(mask, PartMask):
+            if mask.again and torch.is_grad_enabled():
+                out = checkpoint(self._attend_part, q, k, v, mask, use_reentrant=False)
+            else:
+                out = self._attend_part(q, k, v, mask)
+        else:
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v)
+                mask = mask if mask is None else mask[..., -k.shape[2] :]
+            out = attend(q, *self._repeated(k, v), mask, causal, self.dropout if self.training else 0.0)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+    def _repeated(self, k_BKSE: Tensor, v_BKSE: Tensor) -> tuple[Tensor, Tensor]:
+        """For every query head its keys and values."""
+        if self.groups == 1:
+            return k_BKSE, v_BKSE
+        return k_BKSE.repeat_interleave(self.groups, dim=1), v_BKSE.repeat_interleave(self.groups, dim=1)
+
+    def _attend_part(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: PartMask) -> Tensor:
+        """Attention of a part of the rows' positions to all of them."""
+        k, v = self._repeated(*mask.context.whole(k_BKTE, v_BKTE))
+        dropout = self.dropout if self.training else 0.0
+        chunks = zip(q_BHTE.chunk(2, dim=2), mask.chunks, strict=True)
+        return torch.cat(
+            [attend(q, k[:, :, :end], v[:, :, :end], seen, False, dropout) for q, (end, seen) in chunks], 2
+        )
 
 
 class MLP(nn.Module):
@@ -265,7 +285,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope | None, mask: Tensor | None, causal: bool, cache: KVCache | None
+        self, x_BTD: Tensor, rope: Rope | None, mask: Tensor | PartMask | None, causal: bool, cache: KVCache | None
     ) -> tuple[Tensor, LayerRouting | None]:
         x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), rope, mask, causal, cache))
         out = self.mlp(self.post_attention_layernorm(x_BTD))
@@ -306,7 +326,7 @@ class Decoder(nn.Module):
         self.routing: Routing | None = None  # where the last forward pass in training sent its tokens
 
     def forward(
-        self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor | None, causal: bool, cache: KVCache | None
+        self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor | RowPart | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
         """Arguments as in `GPT.forward`; `causal`: where there is no mask, tokens see what comes before them."""
         x_BTD, rope = self.embed_tokens(ids_BT), None
@@ -318,10 +338,14 @@ class Decoder(nn.Module):
                 rope = (rope[0].double(), rope[1].double())
         x_BTD = self.dropout(x_BTD)
         start = 0 if cache is None else cache.length
-        mask, near = layer_masks(self.config, start, ids_BT.shape[1], mask, causal, ids_BT.device)
+        masks: tuple[Tensor | PartMask | None, Tensor | PartMask | None]
+        if isinstance(mask, RowPart):
+            masks = part_masks(self.config, mask, causal, again=not self.activation_checkpointing)
+        else:
+            masks = layer_masks(self.config, start, ids_BT.shape[1], mask, causal, ids_BT.device)
         routings = []
         for i, block in enumerate(self.layers):
-            args = (x_BTD, rope, mask if i < self.config.n_full_layers else near, causal, cache)
+            args = (x_BTD, rope, masks[i >= self.config.n_full_layers], causal, cache)
             if self.activation_checkpointing and self.training:
                 x_BTD, routing = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -380,7 +404,7 @@ class GPT(nn.Module):
         self,
         ids_BT: Tensor,
         positions_BT: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | RowPart | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, D].
@@ -389,7 +413,8 @@ class GPT(nn.Module):
             ids_BT: token ids.
             positions_BT: position of each token in its document. Default: counted on from the cache's length.
             mask: bool [B or 1, 1, T, S], True where a query may attend; default: to itself and everything before, or
-                if the model is not causal to everything. A sliding window narrows either.
+                if the model is not causal to everything. A sliding window narrows either. A RowPart: these are some of
+                the positions of longer rows, of which other processes compute the rest at the same time.
             cache: receives the keys and values of these tokens; S is then its length after this call.
 
         Raises:
@@ -432,6 +457,27 @@ def layer_masks(
         near = causal_mask(start, T, device, window)
         near = near if mask is None else near & mask
     return mask, near
+
+
+def part_masks(config: GPTConfig, part: RowPart, causal: bool, again: bool) -> tuple[PartMask, PartMask]:
+    """As `layer_masks`, for a part of the rows' positions; `again` as in `PartMask`."""
+    whole, window = part_mask(part, causal, None, again), config.sliding_window
+    return whole, whole if window is None else part_mask(part, causal, window, again)
+
+
+def part_mask(part: RowPart, causal: bool, window: int | None, again: bool = True) -> PartMask:
+    """What the positions of a part of the rows may see of the whole rows."""
+    docs_BS, S = part.docs_BS, part.docs_BS.shape[1]
+    needs_documents = not (part.one_document if causal else part.full)
+    chunks: list[tuple[int, Tensor | None]] = []
+    for first, end in part.context.spans(S):
+        seen = causal_mask(first, end - first, docs_BS.device, window) if causal else None
+        until = end if causal else S
+        if needs_documents:
+            same = (docs_BS[:, first:end, None] == docs_BS[:, None, :until])[:, None]
+            seen = same if seen is None else seen & same
+        chunks.append((until, seen))
+    return PartMask(part.context, tuple(chunks), again)
 
 
 def document_mask(docs_BT: Tensor, causal: bool = True) -> Tensor:

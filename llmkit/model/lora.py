@@ -56,14 +56,21 @@ class AdapterWeight(nn.Module):
         pass
 
 
-def row_norms(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
-    """Length of each row of W + s B A, [O], without that matrix: |w|^2 + 2 s (W A^T) . b + s^2 b (A A^T) b."""
+def row_squares(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Squared length of each row of W + s B A, [O], without that matrix: |w|^2 + 2 s (W A^T) . b + s^2 b (A A^T) b.
+
+    Where W and A have a share of the columns, the sum of these over the shares is that of the whole.
+    """
     wide = torch.promote_types(W_OI.dtype, torch.float32)
     A, B = A_RI.to(wide), B_OR.to(wide)
     squares_O = torch.linalg.vector_norm(W_OI, dim=1, dtype=wide).square()
     cross_OR = (W_OI @ A_RI.to(W_OI.dtype).t()).to(wide)
-    squares_O = squares_O + (B * (2 * scaling * cross_OR + scaling**2 * (B @ (A @ A.t())))).sum(1)
-    return squares_O.clamp(min=0).sqrt()
+    return squares_O + (B * (2 * scaling * cross_OR + scaling**2 * (B @ (A @ A.t())))).sum(1)
+
+
+def row_norms(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Length of each row of W + s B A, [O]."""
+    return row_squares(W_OI, A_RI, B_OR, scaling).clamp(min=0).sqrt()
 
 
 @torch.no_grad()
@@ -119,21 +126,33 @@ class LoraLinear(nn.Linear):
         return linear(x, self.weight, bias) if self.packed is None else self.packed(x, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.adapted(x, self.bias)
+
+    def adapted(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer computes, with this bias."""
         if not self.active:
-            return self._own(x, self.bias)
+            return self._own(x, bias)
         drops = self.training and self.config.dropout > 0
-        dropped = F.dropout(x, self.config.dropout) if drops else x
+        dropped = self.dropped(x) if drops else x
         scaling, A, B = self.config.scaling, self.lora_A.weight, self.lora_B.weight
         update = F.linear(F.linear(dropped, A), B) * scaling
         if self.magnitude is None:
-            return self._own(x, self.bias) + update
+            return self._own(x, bias) + update
         with torch.no_grad():  # a constant to the gradient (section 4.3 of the paper)
-            norms_O = row_norms(self.dense(), A, B, scaling).to(self.magnitude.dtype)
+            norms_O = self.row_norms().to(self.magnitude.dtype)
         ratio_O = self.magnitude / norms_O
         if drops:  # what is turned and stretched sees the dropped input, the matrix itself the whole one, as in PEFT
-            return self._own(x, self.bias) + (ratio_O - 1) * self._own(dropped, None) + ratio_O * update
+            return self._own(x, bias) + (ratio_O - 1) * self._own(dropped, None) + ratio_O * update
         out = ratio_O * (self._own(x, None) + update)
-        return out if self.bias is None else out + self.bias
+        return out if bias is None else out + bias
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input of A in training."""
+        return F.dropout(x, self.config.dropout)
+
+    def row_norms(self) -> Tensor:
+        """Lengths of the rows of weight and adapter together, [O]."""
+        return row_norms(self.dense(), self.lora_A.weight, self.lora_B.weight, self.config.scaling)
 
     def merged(self) -> Tensor:
         """The weight that computes the same as weight and adapter together."""

@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmkit.model.adapters import adapter_files, adapter_tensors, load_adapter_tensors
+from llmkit.model.adapters import (
+    adapter_files,
+    adapter_parameters,
+    adapter_sources,
+    adapter_tensors,
+    load_adapter_tensors,
+)
 from llmkit.model.heads import ActorCritic, Distilled
 from llmkit.model.lora import adapters_of
 
@@ -28,6 +34,20 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensors]:
     if adapters_of(module):
         return {ADAPTERS: adapter_tensors(module)}
     return {MODEL: _without_aliases(module.state_dict())}
+
+
+def saved_parameters(module: nn.Module) -> tuple[set[str], set[str]]:
+    """The parameters that the files hold, by their names in the module; and others without which those files can't be
+    made. Beside adapters a base is in neither."""
+    if isinstance(module, ActorCritic | Distilled):
+        parts = [(name, *saved_parameters(part)) for name, part in module.named_children()]
+        return (
+            {f"{name}.{n}" for name, held, _ in parts for n in held},
+            {f"{name}.{n}" for name, _, others in parts for n in others},
+        )
+    if adapters_of(module):
+        return adapter_parameters(module), adapter_sources(module)
+    return {name for name, _ in module.named_parameters()}, set()
 
 
 def saved_files(files: dict[str, bytes], module: nn.Module) -> dict[str, bytes]:

@@ -91,6 +91,8 @@ class Clock:
         if (experts := model.experts) is not None:  # every expert's weights are read, however few tokens it gets
             matrices += 3 * model.d_model * experts.d_ff * experts.n * width / self.memory / t
         attention = rows * attention_flops_per_token(model, p.seq_len) / 3 / t / self.attention
+        if self.mesh.context > 1 and p.kind == "train" and not self.job.recompute:
+            attention *= 4 / 3  # ranks that share rows compute it again in the backward pass
         passes = 9 if self.job.compiled else 22  # over the residual stream; over the MLP's width a third as many
         stream = passes * (model.d_model + model.width_of_mlp / 3 / t) * rows * width / self.memory
         return model.n_layers * (matrices + stream) + attention
@@ -103,19 +105,23 @@ class Clock:
         return logits + 5 * 4 * rows * V / self.memory  # softmax in fp32
 
     def _train(self, p: Pass) -> tuple[float, float]:
-        rows = self.job.micro_rows(self.mesh.data) * self.job.row_len
-        n_micro = max(1.0, p.tokens / self.mesh.data / rows)
+        rows, n_micro = self._micro(p)
+        n_micro = max(1.0, n_micro)
         work = self._forward(p, rows) * (3 + self.job.recompute) + 3 * self._head(p, rows)
         kernels = p.net.model.n_layers * _KERNELS[self.job.compiled] * (1 + 0.3 * self.job.recompute)
         compute = max(work, kernels * _LAUNCH_S)
         return n_micro * compute, n_micro * self._messages(p.net, rows, compute, n_micro)
 
     def _ask(self, p: Pass) -> tuple[float, float]:
-        rows = self.job.micro_rows(self.mesh.data) * self.job.row_len
-        n_micro = p.tokens / self.mesh.data / rows
+        rows, n_micro = self._micro(p)
         work = self._forward(p, rows) + self._head(p, rows)
         compute = max(work, p.net.model.n_layers * 0.33 * _KERNELS[self.job.compiled] * _LAUNCH_S)
         return n_micro * compute, 0.0
+
+    def _micro(self, p: Pass) -> tuple[float, float]:
+        """Tokens of one forward pass on a rank, and how many passes a step has."""
+        rows = self.job.micro_rows(self.mesh.data) * self.job.row_len
+        return rows / self.mesh.context, p.tokens / self.mesh.data / rows
 
     def _write(self, p: Pass) -> tuple[float, float]:
         """Answers, a token at a time: every weight is read for each, and the cache. Tensor ranks write the same."""
@@ -176,8 +182,15 @@ class Clock:
             n_bytes = net.model.n_layers * each * (4 + 2 * self.job.recompute)
             self._send("tensor", n_bytes * n_micro)
             seconds += n_bytes / self._rate(t, 1) + net.model.n_layers * 4 * _HOP_S
+        if (c := self.mesh.context) > 1:  # put together twice, and the gradients added up; nothing computes meanwhile
+            kept = 2 * net.model.kv_heads * net.model.width_of_head * width / t
+            n_bytes = net.model.n_layers * rows * kept * (c - 1) * 3
+            self._send("keys and values", n_bytes * n_micro)
+            seconds += n_bytes / self._rate(c, t) + net.model.n_layers * 2 * _HOP_S
         if shards > 1:
-            n_bytes = params_of(net, t) * (shards - 1) / shards * (2 * width + 4)  # weights twice, fp32 gradients once
+            trained = net.cost.n_trained_params / net.cost.n_params
+            # Weights twice, fp32 gradients once.
+            n_bytes = params_of(net, t) * (shards - 1) / shards * (2 * width + 4 * trained)
             self._send("sharded weights and gradients", n_bytes * n_micro)
             hops = max(1, shards * t // self.cluster.per_node) * _HOP_S
             travelling = n_bytes / self._rate(shards, t) + net.model.n_layers * 3 * hops

@@ -65,8 +65,8 @@ class Job:
     loss_chunk: int
     recompute: bool
     compiled: bool
-    adapters: bool
-    """Whether small matrices are trained beside frozen ones."""
+    packed: bool
+    """Whether frozen matrices are kept in 4 bits."""
     kept_checkpoints: int
     save_every: int | None
     notes: tuple[str, ...] = ()

@@ -39,33 +39,37 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Which ranks hold what: `tensor` ranks split every matrix, `shards` groups of those split weights and optimizer."""
+    """Which ranks hold what: `tensor` ranks split every matrix, `shards` groups of those split weights and optimizer, and
+    `context` of them the positions of a row."""
 
     world: int
     shard: Shard = "none"
     tensor: int = 1
     replicas: int = 1
     """hybrid: groups of ranks that each hold everything."""
+    context: int = 1
 
     @property
     def data(self) -> int:
-        """Ranks with different data."""
-        return self.world // self.tensor
+        """Ranks with different rows."""
+        return self.world // (self.tensor * self.context)
 
     @property
     def shards(self) -> int:
         """Into how many parts the state is cut, beside the cut by `tensor`."""
-        return {"none": 1, "full": self.data, "hybrid": self.data // self.replicas}[self.shard]
+        most = self.world // self.tensor
+        return {"none": 1, "full": most, "hybrid": most // self.replicas}[self.shard]
 
     @property
     def copies(self) -> int:
         """How often the whole state is held."""
-        return self.data // self.shards
+        return self.world // self.tensor // self.shards
 
     def __str__(self) -> str:
         said = [f"parallel.shard={self.shard}"]
         said += [f"parallel.replicas={self.replicas}"] if self.shard == "hybrid" else []
         said += [f"parallel.tensor={self.tensor}"] if self.tensor > 1 else []
+        said += [f"parallel.context={self.context}"] if self.context > 1 else []
         return " ".join(said)
 
 
@@ -83,8 +87,10 @@ def state_of(net: Net, mesh: Mesh) -> dict[str, float]:
         return {f"{net.role}: weights": net.cost.weight_bytes}
     share = params_of(net, mesh.tensor) / net.cost.n_params / mesh.shards
     rest = net.cost.state_bytes - net.cost.weight_bytes - net.cost.gradient_bytes
-    # Shares of weights are fp32 and the masters themselves; what is computed with is made of them for a moment.
-    weights = net.cost.weight_bytes if mesh.shards == 1 or BYTES[net.precision] >= 4 else 0
+    weights = net.cost.weight_bytes
+    if mesh.shards > 1 and BYTES[net.precision] < 4:
+        # Shares of what is trained are fp32 and the masters themselves; what is computed with is made of them for a moment.
+        weights -= net.cost.n_trained_params * BYTES[net.precision]
     return {
         f"{net.role}: weights": share * weights,
         f"{net.role}: gradient": share * net.cost.gradient_bytes,
@@ -98,7 +104,8 @@ def gathered_bytes(net: Net, mesh: Mesh) -> float:
         return 0.0
     width = BYTES[net.precision]
     block = (net.cost.n_params - net.cost.n_embedding_params) / net.model.n_layers / mesh.tensor
-    return 2 * block * width + block * 4 + net.cost.n_embedding_params * width  # a block's gradient goes out in fp32
+    gradient = 4 * block * net.cost.n_trained_params / net.cost.n_params  # it goes out in fp32
+    return 2 * block * width + gradient + net.cost.n_embedding_params * width
 
 
 def memory_of(job: Job, mesh: Mesh) -> Memory:
@@ -106,7 +113,7 @@ def memory_of(job: Job, mesh: Mesh) -> Memory:
     held: dict[str, float] = {"runtime": _RUNTIME}
     for net in job.nets:
         held |= state_of(net, mesh)
-    tokens = job.micro_rows(mesh.data) * job.row_len
+    tokens = job.micro_rows(mesh.data) * -(-job.row_len // mesh.context)
     activations = sum(  # an actor's and its critic's are there together: they have one loss
         activation_bytes(
             net.model, job.row_len, tokens, net.precision, job.loss_chunk, job.recompute, "cuda", mesh.tensor
@@ -142,11 +149,10 @@ def objection(job: Job, mesh: Mesh) -> str | None:
     """Why a mesh is impossible, whatever the memory; None if it isn't."""
     if mesh.world % mesh.tensor:
         return f"parallel.tensor ({mesh.tensor}) does not divide the {mesh.world} GPUs"
-    spread = mesh.shards * mesh.tensor > 1
-    if spread and job.compiled:
-        return f"{mesh}: what is spread over ranks can't be compiled: set compile=false"
-    if spread and job.adapters:
-        return f"{mesh}: adapters train on whole copies of their base"
+    if mesh.context > 1 and (why := _uncut(job, mesh)):
+        return why
+    if mesh.shards * mesh.tensor > 1 and job.packed:
+        return f"{mesh}: a base in 4 bits is not cut up: drop lora.quantize"
     for net in job.trained:
         if mesh.tensor > 1 and net.model.experts is not None:
             return f"parallel.tensor ({mesh.tensor}): experts are not split by width"
@@ -156,12 +162,22 @@ def objection(job: Job, mesh: Mesh) -> str | None:
     if mesh.data > job.rows:
         return (
             f"{mesh.data:,} ranks with different data, but a step has {job.rows:,} rows: raise batch.tokens_per_step or "
-            "parallel.tensor, or take fewer GPUs"
+            "parallel.tensor or parallel.context, or take fewer GPUs"
         )
     if job.rows % mesh.data:
         return f"{job.rows:,} rows of a step can't be shared out evenly over {mesh.data:,} ranks with different data"
-    if mesh.shard == "hybrid" and (mesh.replicas < 1 or mesh.data % mesh.replicas):
-        return f"parallel.replicas ({mesh.replicas}) does not divide the {mesh.data} ranks with different data"
+    if mesh.shard == "hybrid" and (mesh.replicas < 1 or (mesh.world // mesh.tensor) % mesh.replicas):
+        return f"parallel.replicas ({mesh.replicas}) does not divide the {mesh.world // mesh.tensor} ranks with shares"
+    return None
+
+
+def _uncut(job: Job, mesh: Mesh) -> str | None:
+    """Why the positions of a row can't be shared."""
+    n, ranks = mesh.context, mesh.world // mesh.tensor
+    if ranks % n:
+        return f"parallel.context ({n}) does not divide the {ranks} ranks"
+    if job.compiled:
+        return f"parallel.context ({n}) can't be compiled: set compile=false"
     return None
 
 
@@ -184,9 +200,6 @@ def easier(job: Job) -> Iterator[tuple[Job, str]]:
     """The job, and the same with settings that fit more meshes or less memory, each with the keys that say so."""
     yield job, ""
     said = ""
-    if job.compiled:  # what is spread over ranks can't be compiled
-        job, said = replace(job, compiled=False), "compile=false"
-        yield job, said
     if not job.recompute:
         job, said = replace(job, recompute=True), f"{said} activation_checkpointing=true".strip()
         yield job, said

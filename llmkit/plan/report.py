@@ -96,8 +96,8 @@ def _remedy(job: Job, better: list[Found], cluster: Cluster) -> str:
 def _memory_lines(job: Job, mesh: Mesh, memory: Memory, cluster: Cluster) -> Iterator[str]:
     n_micro = mesh.data * job.micro_rows(mesh.data)
     yield (
-        f"mesh         {mesh}: {mesh.data:,} x {mesh.tensor} ranks, the state in {mesh.shards * mesh.tensor:,} parts"
-        + (f", {mesh.copies:,} copies" if mesh.copies > 1 else "")
+        f"mesh         {mesh}: {mesh.data:,} x {mesh.context * mesh.tensor} ranks, the state in "
+        f"{mesh.shards * mesh.tensor:,} parts" + (f", {mesh.copies:,} copies" if mesh.copies > 1 else "")
     )
     yield (
         f"step         {job.rows:,} rows of {job.row_len:,}; {job.micro_rows(mesh.data)} row(s) a forward pass on a rank, "

@@ -96,7 +96,7 @@ def _exact_kl(
     hidden_BTD: Tensor, actor: GPT, batch: PolicyBatch, reference: Reference, temperature: float, vocab_size: int
 ) -> Tensor:
     """KL(policy || reference) over the whole vocabulary at every action [B, T]."""
-    with torch.no_grad(), reference() as model:
+    with torch.no_grad(), reference(actor) as model:
         ref_hidden_BTD = hidden_states(model, batch)
         ref_weight_VD = model.head_weight
     return full_kl(

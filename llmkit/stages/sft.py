@@ -62,7 +62,10 @@ class EmbeddingNoise:
         def loss(module: nn.Module, batch: Batch) -> LossSum:
             assert isinstance(module, GPT)
             if module.training:
-                self.scale_BT = self.alpha * (conversation_lengths(batch.docs_BT) * module.config.d_model).rsqrt()
+                part = batch.part
+                lengths = conversation_lengths(batch.docs_BT if part is None else part.docs_BS)
+                lengths_BT = lengths if part is None else part.context.own(lengths)
+                self.scale_BT = self.alpha * (lengths_BT * module.config.d_model).rsqrt()
                 self.scale_BT = self.scale_BT.masked_fill(batch.docs_BT < 0, 0.0)
             try:
                 return loss_fn(module, batch)

@@ -198,6 +198,8 @@ class ParallelConfig(Config):
     """hybrid: how many groups hold a whole model each. Default: one on every node."""
     tensor: int = Field(1, ge=1)
     """Ranks that compute one row together, each with its share of heads and of the MLP's width: neighbours, of one node."""
+    context: int = Field(1, ge=1)
+    """Ranks that share the positions of each row, for rows that are too long for one: neighbours. pretrain, sft, distill."""
 
     @model_validator(mode="after")
     def _sharded(self) -> ParallelConfig:
@@ -248,7 +250,7 @@ class RunConfig(Config):
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16: bf16 weights with an fp32 master copy. fp16: the same with a loss scale, on CUDA. fp64: for tests of exactness."""
     compile: bool = False
-    """torch.compile of the forward and backward pass."""
+    """torch.compile of the forward and backward pass; block by block where `parallel` spreads the model."""
     activation_checkpointing: bool = False
     """Recomputes each block in the backward pass: less memory, about a third more time."""
     z_loss: float = Field(0.0, ge=0)
@@ -268,6 +270,17 @@ class RunConfig(Config):
     def _rollback_has_checkpoints(self) -> RunConfig:
         if self.guard.action == "rollback" and self.save_every is None:
             raise ValueError("guard.action is rollback but neither save.every nor eval.every is set: no way back")
+        return self
+
+    @model_validator(mode="after")
+    def _positions_may_be_shared(self) -> RunConfig:
+        n = self.parallel.context
+        if n > 1 and self.compile:
+            raise ValueError(f"compile with parallel.context ({n}) is not supported: set compile to false")
+        if n > 1 and self.log.gradient_noise:
+            raise ValueError(
+                f"log.gradient_noise with parallel.context ({n}): a rank's own gradient is not of whole rows: set it to false"
+            )
         return self
 
     @property

@@ -31,7 +31,7 @@ class Ranks:
     """This process's place among all of them, and the device it computes on."""
 
     rank: int = 0
-    """Which share of the data it reads; the same for processes that compute rows together."""
+    """Which share of the data is its own; the same for processes that compute each position together."""
     world: int = 1
     """Into how many shares the data is cut."""
     local_rank: int = 0
@@ -47,6 +47,10 @@ class Ranks:
     """Who looks whether the other processes are alive; None: nobody."""
     per_node: int = 1
     """Processes on this machine."""
+    context: int = 1
+    """How many neighbouring ranks read the same rows, and compute some of their positions each."""
+    context_group: Any = None
+    """Those that do so with this one; None while `context` is 1."""
 
     @property
     def is_main(self) -> bool:
@@ -232,7 +236,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def connect(device: str, timeout_s: float = 600.0, tensor: int = 1, limits: LivenessConfig | None = None) -> Ranks:
+def connect(
+    device: str, timeout_s: float = 600.0, tensor: int = 1, limits: LivenessConfig | None = None, context: int = 1
+) -> Ranks:
     """Joins the process group that torchrun describes, or stays alone.
 
     Args:
@@ -240,6 +246,7 @@ def connect(device: str, timeout_s: float = 600.0, tensor: int = 1, limits: Live
         timeout_s: how long a collective may wait before the job is ended.
         tensor: how many neighbouring processes compute each row together.
         limits: how long a process may show no sign of life; None: nobody looks.
+        context: how many ranks share the positions of each row.
 
     Raises:
         UserError: the processes can't be grouped so.
@@ -252,6 +259,12 @@ def connect(device: str, timeout_s: float = 600.0, tensor: int = 1, limits: Live
     if world % tensor:
         raise UserError(
             f"parallel.tensor ({tensor}) does not divide the {world} process(es) that were started: start a multiple of it"
+        )
+    if world // tensor % context:
+        together = f" of {tensor}" if tensor > 1 else ""
+        raise UserError(
+            f"parallel.context ({context}) does not divide the {world // tensor} rank(s){together} that were started: start "
+            "a multiple of it"
         )
     if world == 1:
         return Ranks(device=picked)
@@ -266,11 +279,34 @@ def connect(device: str, timeout_s: float = 600.0, tensor: int = 1, limits: Live
         from torch.distributed.device_mesh import init_device_mesh
 
         mesh = init_device_mesh(picked.type, (world // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    context_group = _context_group(rank, world, tensor, context) if context > 1 else None
     liveness = None
     if limits is not None:  # on a connection of its own: who waits at the store must not hold up the sign of life
         liveness = Liveness(PrefixStore("alive", store.clone()), rank, world, local_rank, limits).start()  # type: ignore[attr-defined]
     ours = PrefixStore("llmkit", store)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return Ranks(
-        rank // tensor, world // tensor, local_rank, picked, ours, tensor, rank % tensor, mesh, liveness, per_node
+        rank // tensor,
+        world // tensor,
+        local_rank,
+        picked,
+        ours,
+        tensor,
+        rank % tensor,
+        mesh,
+        liveness,
+        per_node,
+        context,
+        context_group,
     )
+
+
+def _context_group(process: int, world: int, tensor: int, context: int) -> Any:
+    """The process group of those that have the other positions of this one's rows, and the same heads."""
+    found = None
+    for first in range(0, world, tensor * context):
+        for place in range(tensor):
+            members = [first + place + tensor * i for i in range(context)]
+            group = dist.new_group(members)  # all processes make all groups
+            found = group if process in members else found
+    return found

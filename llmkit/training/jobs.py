@@ -87,7 +87,7 @@ def job_of(
         loss_chunk=recipe.loss_chunk,
         recompute=recipe.activation_checkpointing,
         compiled=recipe.compile,
-        adapters=recipe.lora is not None,
+        packed=recipe.lora is not None and recipe.lora.quantize is not None,
         kept_checkpoints=recipe.save.keep + recipe.save.keep_best,
         save_every=recipe.save_every,
         notes=tuple(notes),
@@ -97,7 +97,7 @@ def job_of(
 def wanted_mesh(recipe: RunConfig, world: int, n_nodes: int = 1) -> Mesh:
     """What the recipe's `parallel` means on so many ranks."""
     said = recipe.parallel
-    mesh = Mesh(world, said.shard, said.tensor)
+    mesh = Mesh(world, said.shard, said.tensor, context=said.context)
     return replace(mesh, replicas=said.replicas or n_nodes) if said.shard == "hybrid" else mesh
 
 

@@ -48,6 +48,7 @@ from llmkit.training.freeze import freeze
 from llmkit.training.log import RunLog, plot_curves
 from llmkit.training.meter import Meter, environment
 from llmkit.training.optim import tensor_bytes
+from llmkit.training.parallel import is_spread
 from llmkit.training.task import Context, Outcome, Stop, Task
 from llmkit.training.team import Team
 
@@ -78,7 +79,8 @@ def train(config: RunConfig, task: Task) -> Outcome:
     """
     out, stop = Path(config.out), Stop()
     with stop.listening(), machine_errors(out):
-        ranks = connect(config.device, config.liveness.stalled_s + 60, config.parallel.tensor, config.liveness)
+        said = config.parallel
+        ranks = connect(config.device, config.liveness.stalled_s + 60, said.tensor, config.liveness, said.context)
         with ranks.watched(), contextlib.ExitStack() as held:
             # Rank 0 looks and tells: the others might look after it has written.
             looked = _look(config, out, held) if ranks.is_main else None
@@ -147,7 +149,7 @@ class _Run:
         told = freeze(module, self.config.freeze)
         if told is not None:
             self.log.say(told)
-        if self.config.compile:
+        if self.config.compile and not is_spread(self.config.parallel, self.ranks):
             module.compile()
         self.engine = Engine(module, self.config, self.ranks, self.task.parts)
         self._resume()

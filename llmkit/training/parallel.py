@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.config import UserError
 from llmkit.model.gpt import GPT, Block, parallel_plan
 from llmkit.model.heads import SequenceClassifier
-from llmkit.model.lora import adapters_of
+from llmkit.model.lora import LoraLinear, adapters_of, row_squares
 from llmkit.model.moe import MoE
 from llmkit.products import Linear, linear
 from llmkit.training.config import ParallelConfig, RunConfig
@@ -69,16 +70,41 @@ class _RowLinear(Linear):
         return out if self.bias is None else out + self.bias
 
 
+class _RowLora(LoraLinear):
+    """The same with an adapter: A has this share of the inputs too, B and the rows' lengths are whole for each, and one
+    sum does for weight and adapter. Gradients of B and of the lengths are then partial."""
+
+    group: Any
+    place: Any
+    """This process's in the group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _Leave.apply(self.adapted(x, None), self.group)
+        return out if self.bias is None else out + self.bias
+
+    def dropped(self, x: Tensor) -> Tensor:
+        # The whole layer's draw, of which this is a part: what one process draws, and the same from there on.
+        kept = F.dropout(x.new_ones(*x.shape[:-1], self.in_features), self.config.dropout)
+        first = self.place * x.shape[-1]
+        return x * kept[..., first : first + x.shape[-1]]
+
+    def row_norms(self) -> Tensor:
+        squares_O = row_squares(self.dense(), self.lora_A.weight, self.lora_B.weight, self.config.scaling)
+        dist.all_reduce(squares_O, group=self.group)
+        return squares_O.clamp(min=0).sqrt()
+
+
 def _refuse(module: nn.Module, config: RunConfig, ranks: Ranks) -> None:
     """Raises UserError for what can't be spread as the recipe asks, naming what could."""
     said = config.parallel
     spread = "parallel.shard and parallel.tensor" if said.shard != "none" and said.tensor > 1 else (
         "parallel.tensor" if said.tensor > 1 else f"parallel.shard: {said.shard}"
     )  # fmt: skip
-    if adapters_of(module):
-        raise UserError(f"lora with {spread}: adapters train on whole copies of their base: leave `parallel` out")
-    if config.compile:
-        raise UserError(f"compile with {spread} is not supported: set compile: false, or leave `parallel` out")
+    if any(layer.packed is not None for layer in adapters_of(module).values()):
+        raise UserError(
+            f"lora.quantize with {spread}: a base in 4 bits is not cut up: drop lora.quantize (bf16 in shares over 4 ranks "
+            "takes as little memory), or leave `parallel` out"
+        )
     if config.log.gradient_noise:
         raise UserError(
             f"log.gradient_noise with {spread}: a rank's own gradient is never in one place: set it to false, or leave "
@@ -110,6 +136,7 @@ def _share_rows(module: nn.Module, ranks: Ranks) -> tuple[dict[str, int], set[st
     """
     cut: dict[str, int] = {}
     partial: set[str] = set()
+    place: Any = ranks.place
     group, names = ranks.tensor_group, {id(p): n for n, p in module.named_parameters()}
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -130,9 +157,18 @@ def _share_rows(module: nn.Module, ranks: Ranks) -> tuple[dict[str, int], set[st
             elif how == "partial":
                 partial |= {names[id(p)] for p in found.parameters()}
             elif how == "columns":
-                assert isinstance(found, Linear)
+                assert isinstance(found, Linear | LoraLinear)
                 keep(found.weight, 0)
                 keep(found.bias, 0)
+                if isinstance(found, LoraLinear):  # A meets whole inputs, and sees a share of the outputs
+                    keep(found.lora_B.weight, 0)
+                    keep(found.magnitude, 0)
+                    partial.add(names[id(found.lora_A.weight)])
+            elif isinstance(found, LoraLinear):
+                found.__class__, found.group, found.place = _RowLora, group, place
+                keep(found.weight, 1)
+                keep(found.lora_A.weight, 1)
+                partial |= {names[id(p)] for p in (found.lora_B.weight, found.magnitude) if p is not None}
             else:
                 assert isinstance(found, Linear)
                 found.__class__, found.group = _RowLinear, group
@@ -227,8 +263,13 @@ class Split:
             names = {id(p): n for n, p in module.named_parameters()}
             for model in _models(module):
                 self.sharded |= {names[id(p)] for p in model.parameters()}
-                _shard(model.to(dtype=wide), mesh, dtype, wide)
+                for p in model.parameters():  # what is frozen is no master, and stays as it was rounded
+                    p.data = p.data.to(wide if p.requires_grad else dtype)
+                _shard(model, mesh, dtype, wide)
                 self._models.append(model)
+        if config.compile:  # block by block: weights are put together, and sums made, between what is compiled
+            for block in (m for m in module.modules() if isinstance(m, Block)):
+                block.compile()
         self.size = shares * ranks.tensor
         """Processes that hold one whole model together; they are neighbours."""
         self.member = share * ranks.tensor + ranks.place

@@ -311,7 +311,7 @@ class PolicyTask(Task):
         if self.needs_old:
             asked["old_NT"] = lambda batch: self.logprobs(self.actor_of(engine.asked), batch)
         if self.reference is not None:
-            asked["ref_NT"] = self._ask_reference
+            asked["ref_NT"] = self._ask_reference(engine)
         rollouts = rollouts.knowing(self.over_answers(rollouts, asked, engine, ctx))
         rollouts, credited = self.credit(rollouts, engine, ctx)
         self.rollouts, self.drawn, self.cursor = rollouts, drawn, 0
@@ -367,10 +367,15 @@ class PolicyTask(Task):
             vocab_size=self.tokenizer.vocab_size,
         )[0]
 
-    def _ask_reference(self, batch: AnswerBatch) -> Tensor:
-        assert self.reference is not None
-        with self.reference() as model:
-            return self.logprobs(model, batch)
+    def _ask_reference(self, engine: Engine) -> Ask:
+        reference = self.reference
+        assert reference is not None
+
+        def ask(batch: AnswerBatch) -> Tensor:
+            with reference(self.actor_of(engine.asked)) as model:
+                return self.logprobs(model, batch)
+
+        return ask
 
     def over_answers(
         self, rollouts: Rollouts, asked: dict[str, Ask], engine: Engine, ctx: Context
@@ -428,7 +433,7 @@ class PolicyTask(Task):
                     groups, dtype = [row.number for row in rows], engine.flat_grad.dtype
                     answers = self.collector.answers(actor, rows, groups, "evaluation", ctx.should_stop, dtype)
                     if self.reference is not None:
-                        found = self.over_answers(answers, {"ref_NT": self._ask_reference}, engine, ctx)
+                        found = self.over_answers(answers, {"ref_NT": self._ask_reference(engine)}, engine, ctx)
                         gap_NT = (answers.sampler_NT - found["ref_NT"]).where(answers.actions_NT, 0.0)
                         metrics[f"{split}/kl_sum"] = (gap_NT.sum() / len(answers)).item()
                 metrics |= {f"{split}/{name}": value for name, value in described(answers).items()}

@@ -18,6 +18,7 @@ from llmkit.data.loader import RowLoader, RowMaker
 from llmkit.data.texts import obtain_tokenizer
 from llmkit.model.adapters import base_named, refuse_other_base
 from llmkit.model.config import GPTConfig
+from llmkit.model.context import Context
 from llmkit.model.gpt import GPT, init_weights
 from llmkit.model.hf import read_config
 from llmkit.model.lora import adapter_size, adapters_of, apply_lora, describe, heads_of, without_adapters
@@ -171,18 +172,24 @@ def most_rows(recipe: ModelRecipe, row_len: int) -> int:
 
 def text_loader(recipe: ModelRecipe, rows: RowMaker, ranks: Ranks, held_out: bool = False) -> RowLoader:
     """Loads rows of text: those of a run in its order, or those of a held-out split one after the other."""
-    length, world = rows.row_len, ranks.world
+    length, world = rows.row_len, ranks.world // ranks.context
     n_rows = most_rows(recipe, length) * world if held_out else rows_per_step(recipe, length)
     return RowLoader(
         rows,
         rows_per_step=n_rows,
         seed=seed_of(recipe.seed, "order"),
         weights=None if held_out else mixture_weights(recipe.data, rows.n_rows),
-        rank=ranks.rank,
+        rank=ranks.rank // ranks.context,
         world=world,
         micro_rows=micro_rows(recipe, n_rows // world, length),
         prefetch=0 if held_out else 2,
+        context=context_of(ranks),
     )
+
+
+def context_of(ranks: Ranks) -> Context | None:
+    """Which positions of its rows this process computes; None: all."""
+    return Context(ranks.context, ranks.rank % ranks.context, ranks.context_group) if ranks.context > 1 else None
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -231,7 +238,8 @@ def adapt(
     say(f"lora       {describe(model)}")
 
 
-Reference = Callable[[], AbstractContextManager[GPT]]
+Reference = Callable[[GPT], AbstractContextManager[GPT]]
+"""Given the policy that may be asked just now: the model it is held near to."""
 
 
 def reference_of(recipe: ModelRecipe, actor: GPT, path: str | None, tokenizer: Tokenizer, ranks: Ranks) -> Reference:
@@ -253,9 +261,9 @@ def reference_of(recipe: ModelRecipe, actor: GPT, path: str | None, tokenizer: T
     if path is None and adapters_of(actor):
 
         @contextmanager
-        def adapters_off() -> Iterator[GPT]:
-            with without_adapters(actor):
-                yield actor
+        def adapters_off(policy: GPT) -> Iterator[GPT]:
+            with without_adapters(policy):
+                yield policy
 
         return adapters_off
     dtype = PRECISIONS[recipe.precision]
@@ -264,7 +272,7 @@ def reference_of(recipe: ModelRecipe, actor: GPT, path: str | None, tokenizer: T
     else:
         refuse_other_tokenizer(resolve_model(path), tokenizer, f"reference ({path})")
         model = frozen_model(path, ranks.device, recipe.precision)
-    return lambda: nullcontext(model)
+    return lambda _: nullcontext(model)
 
 
 def frozen_model(path: str, device: torch.device, precision: str) -> GPT:
@@ -346,7 +354,7 @@ def describe_step(
             f"model      {config.family}, {costs.n_params / 1e6:.2f} M parameters ({costs.n_embedding_params / 1e6:.2f} M "
             f"embeddings), vocabulary {config.vocab_size} for a tokenizer of {tokenizer.vocab_size}",
             *data,
-            f"step       {rows_per_step(recipe, loader.row_len) * loader.row_len:,} tokens = {loader.world} rank(s) x "
+            f"step       {rows_per_step(recipe, loader.row_len) * loader.row_len:,} tokens = {loader.ranks} rank(s) x "
             f"{accumulation} micro-batch(es) x {loader.micro_rows} rows x {loader.row_len}; {recipe.steps} steps",
             f"memory     {costs.state_bytes / 1e6:.0f} MB weights, gradients and optimizer + about "
             f"{costs.activation_bytes / 1e6:.0f} MB activations; checkpoint {costs.checkpoint_bytes / 1e6:.0f} MB",

@@ -33,8 +33,8 @@ def token_loss(z_loss: float, chunk: int, accuracy: bool = False) -> LossFn:
         assert isinstance(module, GPT)
         causal = module.config.causal
         needs_mask = not (batch.one_document if causal else batch.full)
-        mask = document_mask(batch.docs_BT, causal) if needs_mask else None
-        hidden_BTD = module(batch.ids_BT, batch.positions_BT, mask)
+        mask = document_mask(batch.docs_BT, causal) if needs_mask and batch.part is None else None
+        hidden_BTD = module(batch.ids_BT, batch.positions_BT, batch.part or mask)
         out = linear_cross_entropy(hidden_BTD, module.head_weight, batch.labels_BT, z_loss, chunk, accuracy)
         return with_balance(out, module, batch.labels_BT)
 

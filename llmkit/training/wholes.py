@@ -2,7 +2,8 @@
 
 The files are those of one process, or parts of them: a folder is a plain Hugging Face model whatever the mesh it was
 trained on, and any number of processes, on any mesh, resumes it. A layer has one owner, which writes all that belongs to
-it; owners are chosen so that each has about as many bytes.
+it; owners are chosen so that each has about as many bytes. Adapters are one file of PEFT's, and so one process's; of
+their base nothing is gathered.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llmkit.model.saving import load_saved, saved_tensors
+from llmkit.model.saving import ADAPTERS, load_saved, saved_parameters, saved_tensors
 from llmkit.model.weights import read_tensors
 from llmkit.training.checkpoint import MAX_SHARD_BYTES, Tensors, index_of, whole_name
 from llmkit.training.norms import layers_of
@@ -38,18 +39,27 @@ class Wholes:
                 `<kind>.<parameter>`; a tensor without dimensions is no piece.
         """
         self.split, self.weights, self.states = split, weights, states
+        self.held, others = saved_parameters(split.skeleton)
+        """The parameters that a checkpoint holds: not a base, beside adapters."""
+        self._looked_at = self.held | others
         self.units = list(layers_of(split.shapes).values())
         self._of = {file: self._by_parameter(tensors) for file, tensors in states.items()}
         sizes = [self._shapes(unit) for unit in self.units]
         self.sizes = {(file, n): t for files in sizes for file, tensors in files.items() for n, t in tensors.items()}
         """Shapes and dtypes by (file of one process, tensor)."""
-        n_bytes = [sum(tensor_bytes(t.values()) for t in files.values()) for files in sizes]
-        filled = [0] * split.size
+        n_bytes = [
+            sum(tensor_bytes(t.values()) for file, t in files.items() if not _is_adapters(file)) for files in sizes
+        ]
+        self.total_bytes = sum(tensor_bytes(t.values()) for files in sizes for t in files.values())
+        filled = [self.total_bytes - sum(n_bytes), *[0] * (split.size - 1)]
         self.owners = [0] * len(self.units)
         for u in sorted(range(len(self.units)), key=lambda u: (-n_bytes[u], u)):
             self.owners[u] = filled.index(min(filled))
             filled[self.owners[u]] += n_bytes[u]
-        self.total_bytes = sum(n_bytes)
+        self.writers = [
+            0 if any(map(_is_adapters, files)) else owner for files, owner in zip(sizes, self.owners, strict=True)
+        ]
+        """Who gathers a layer's weights: its owner, or of adapters process 0."""
         self.names = self._name(sizes)
         """The file that a tensor stands in, by (file of one process, tensor)."""
 
@@ -67,7 +77,8 @@ class Wholes:
     def _shapes(self, unit: list[str]) -> dict[str, Tensors]:
         """What the files of a unit hold, without memory."""
         split = self.split
-        files = _saved(split.skeleton, {n: torch.zeros(1, dtype=split.dtype).expand(split.shapes[n]) for n in unit})
+        known = [n for n in unit if n in self._looked_at]
+        files = _saved(split.skeleton, {n: torch.zeros(1, dtype=split.dtype).expand(split.shapes[n]) for n in known})
         for file, of in self._of.items():
             found = {
                 name: torch.empty(split.shapes[own] if t.dim() else (), dtype=t.dtype, device="meta")
@@ -83,11 +94,13 @@ class Wholes:
         bins: dict[str, list[list[str]]] = {}
         for member in range(self.split.size):
             filled: dict[str, int] = {}
-            for files, owner in zip(sizes, self.owners, strict=True):
-                for file, tensors in files.items() if owner == member else ():
+            for files, owner, writer in zip(sizes, self.owners, self.writers, strict=True):
+                mine = {f: t for f, t in files.items() if (owner if f in self.states else writer) == member}
+                for file, tensors in mine.items():
                     for name, t in tensors.items():
                         size = tensor_bytes([t])
-                        if file not in filled or filled[file] + size > MAX_SHARD_BYTES:
+                        full = not _is_adapters(file) and filled.get(file, 0) + size > MAX_SHARD_BYTES
+                        if file not in filled or full:
                             bins.setdefault(file, []).append([])
                             filled[file] = 0
                         bins[file][-1].append(name)
@@ -104,20 +117,21 @@ class Wholes:
     def gather(self) -> dict[str, Tensors]:
         """This process's files, whole, in main memory. A collective of the processes that hold one model."""
         out: dict[str, Tensors] = {}
-        for unit, owner in zip(self.units, self.owners, strict=True):
-            mine = owner == self.split.member
+        member = self.split.member
+        for unit, owner, writer in zip(self.units, self.owners, self.writers, strict=True):
             whole: Pieces = {}
             files: dict[str, Tensors] = {}
             for own in unit:
-                found = self.split.whole(own, self.weights[own].to(self.split.dtype), to=owner)
-                if found is not None and mine:
-                    whole[own] = found.to("cpu", copy=True)
+                if own in self._looked_at:
+                    found = self.split.whole(own, self.weights[own].to(self.split.dtype), to=writer)
+                    if found is not None and member == writer:
+                        whole[own] = found.to("cpu", copy=True)
                 for file, of in self._of.items():
                     for name, t in of.get(own, ()):
                         state = self.split.whole(own, t, to=owner) if t.dim() else t
-                        if state is not None and mine:
+                        if state is not None and member == owner:
                             files.setdefault(file, {})[name] = state.to("cpu", copy=True)
-            if mine:
+            if whole:
                 files |= _saved(self.split.skeleton, whole)
             for file, tensors in files.items():
                 for name, t in tensors.items():
@@ -160,7 +174,8 @@ class Wholes:
         check_shapes(saved_tensors(whole), given)
         load_saved(whole, given)
         for name, p in whole.named_parameters():
-            self.weights[name].copy_(p[self.split.index(name)])
+            if name in self.held:
+                self.weights[name].copy_(p[self.split.index(name)])
         for file, tensors in self.states.items():  # masters after the weights, which are they, rounded
             self._load_state(file, tensors, found[file])
 
@@ -181,6 +196,11 @@ class Wholes:
                     piece.copy_(given[self.split.index(owned[name])] if shape else opened.get_tensor(name))
         if missing:
             raise ValueError(f"{file}: {next(iter(missing))}: nothing is saved")
+
+
+def _is_adapters(file: str) -> bool:
+    """Whether a file is one that PEFT must find in one piece."""
+    return file.rpartition("/")[2] == ADAPTERS
 
 
 def check_shapes(own: dict[str, Tensors], given: dict[str, Tensors]) -> None:

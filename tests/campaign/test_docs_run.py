@@ -101,6 +101,8 @@ def prepared(command: Command, at: Path, number: int) -> list[str]:
     words = [stands.get(word, word) for word in command.words[1:]]
     if adapters and not any("lora" in word for word in words):
         words[1] = "runs/demo/sft_lora"
+    if words[0] == "run" and "--dry-run" not in words and "--until" not in words:
+        words += ["--until", "tokenizer", f"out=runs/whole-{number}"]  # the whole of it is `make demo`
     if words[0] in ("train", "prepare", "plan", "doctor", "inspect", "sweep") and words[1].endswith(".yaml"):
         given = [w for w in words[2:] if "=" in w and not w.startswith("-")]
         if words[0] in ("train", "prepare"):

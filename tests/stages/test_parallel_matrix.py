@@ -24,9 +24,14 @@ SPREADS: dict[str, tuple[int, dict[str, Any]]] = {
     "shard: full": (2, {"shard": "full"}),
     "tensor: 2": (2, {"tensor": 2}),
     "both": (4, {"shard": "full", "tensor": 2}),
+    "context: 2": (2, {"context": 2}),
+    "shares of context": (4, {"shard": "full", "context": 2}),
 }
+SHARES_POSITIONS = ("pretrain", "sft", "distill")  # the others refuse `context`: see tests/training/test_context.py
 # Heads lie in several processes: their scores can't be compared there, and are refused.
+DORA = {"r": 2, "alpha": 8, "dora": True}
 TOGETHER = {"losses": [{"kind": "soft"}, {"kind": "hidden"}]}
+GIVEN = {**TOGETHER, "on_policy_frac": 0.0}  # rows are cut that are the same for all who share them
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +59,21 @@ def recipe_of(folder: Path, stage: str, out: str, **changes: Any) -> Path:
     return tiny_stage(folder, stage, out, **changes)
 
 
-def compare(folder: Path, stage: str, spread: str) -> float:
-    """Trains both, if one process has not yet; the largest relative difference of any number in metrics.jsonl."""
+def compare(folder: Path, stage: str, spread: str, **more: Any) -> float:
+    """Trains both, if one process has not yet; the largest relative difference of any number in metrics.jsonl.
+
+    `more`: of the recipe, under the first key's name.
+    """
     n, parallel = SPREADS[spread]
-    changes = {"precision": "fp64", "steps": STEPS}
-    alone, apart = f"{stage}-alone", f"{stage}-{spread}".replace(": ", "-")
-    if stage == "distill" and "tensor" in parallel:
+    changes = {"precision": "fp64", "steps": STEPS, **more}
+    named = "-".join([stage, *more])
+    alone, apart = f"{named}-alone", f"{named}-{spread}".replace(": ", "-")
+    if stage == "distill" and "tensor" in parallel and not more:
         changes |= TOGETHER
         alone += "-together"
+    if stage == "distill" and "context" in parallel:
+        changes |= GIVEN
+        alone += "-given"
     if not (folder / alone / "DONE").exists():
         assert train(recipe_of(folder, stage, alone, **changes)) == 0
     on_processes(n, recipe_of(folder, stage, apart, **changes, parallel=parallel))
@@ -80,6 +92,15 @@ def compare(folder: Path, stage: str, spread: str) -> float:
     return worst
 
 
+def spreads_of(stage: str) -> list[str]:
+    return [name for name, (_, said) in SPREADS.items() if stage in SHARES_POSITIONS or "context" not in said]
+
+
+def test_a_student_of_shared_rows(world: Path) -> None:
+    """Its teacher is asked for the same positions; hidden states are compared where they are."""
+    assert compare(world, "distill", "context: 2") <= 1e-9
+
+
 def test_a_policy_in_shares(world: Path) -> None:
     """Rollouts on a gathered copy, unequal numbers of micro-batches, a critic beside the policy, saves within a rollout."""
     assert compare(world, "ppo", "shard: full") <= 1e-9
@@ -88,19 +109,38 @@ def test_a_policy_in_shares(world: Path) -> None:
 @pytest.mark.campaign
 @pytest.mark.parametrize("stage", ["pretrain", *STAGES])
 def test_stage(world: Path, stage: str) -> None:
-    found = {spread: compare(world, stage, spread) for spread in SPREADS}
+    found = {spread: compare(world, stage, spread) for spread in spreads_of(stage)}
     print("\n| " + " | ".join([stage, *(f"{worst:.0e}" for worst in found.values())]) + " |")
     assert max(found.values()) <= 1e-9
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "ppo"])
-def test_other_processes_go_on(world: Path, stage: str) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters(world: Path, stage: str) -> None:
+    """Beside a base in shares: the policy without its adapters is the reference, the critic has adapters of its own."""
+    more: dict[str, Any] = {"lora": DORA}
+    if stage == "distill":  # projections are not trained beside adapters
+        more["losses"] = [{"kind": "soft"}]
+    spreads = [name for name, (_, said) in SPREADS.items() if "context" not in said]
+    found = {spread: compare(world, stage, spread, **more) for spread in spreads}
+    print("\n| " + " | ".join([f"{stage}, adapters", *(f"{worst:.0e}" for worst in found.values())]) + " |")
+    assert max(found.values()) <= 1e-9
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+    ("stage", "two", "four"),
+    [
+        *((stage, "shard: full", "both") for stage in ("pretrain", "sft", "ppo")),
+        ("sft", "context: 2", "shares of context"),
+    ],
+)
+def test_other_processes_go_on(world: Path, stage: str, two: str, four: str) -> None:
     """D3: 1 -> 2 -> 4 -> 1 processes in the middle of a run: the same samples, and to rounding the same numbers."""
-    recipe = recipe_of(world, stage, f"{stage}-changed", precision="fp64", steps=STEPS)
+    recipe = recipe_of(world, stage, f"{stage}-changed-{four.split()[0]}", precision="fp64", steps=STEPS)
     text = recipe.read_text()
     assert train(recipe, "stop_at=3") == 0
-    for n, stop, spread in ((2, 5, "shard: full"), (4, 7, "both")):
+    for n, stop, spread in ((2, 5, two), (4, 7, four)):
         said = "".join(f"  {key}: {value}\n" for key, value in SPREADS[spread][1].items())
         recipe.write_text(f"{text}stop_at: {stop}\nparallel:\n{said}")
         on_processes(n, recipe)
@@ -109,24 +149,26 @@ def test_other_processes_go_on(world: Path, stage: str) -> None:
     alone = world / f"{stage}-alone"
     if not (alone / "DONE").exists():
         assert train(recipe_of(world, stage, alone.name, precision="fp64", steps=STEPS)) == 0
-    one, changed = (read_jsonl(folder / "metrics.jsonl") for folder in (alone, world / f"{stage}-changed"))
+    one, changed = (read_jsonl(folder / "metrics.jsonl") for folder in (alone, recipe.with_suffix("")))
     for a, b in zip(one, changed, strict=True):
         assert a == pytest.approx(b, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_resume_is_exact(world: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "more"), [("sft", {}), ("ppo", {}), ("sft", {"lora": DORA}), ("ppo", {"lora": DORA})]
+)
+def test_resume_is_exact(world: Path, stage: str, more: dict[str, Any]) -> None:
     """A run in shares that was stopped and started again on as many processes is, to the bit, one that never was."""
-    changes: dict[str, Any] = {"precision": "fp64", "steps": STEPS, "parallel": {"shard": "full", "tensor": 2}}
-    whole, parts = f"{stage}-whole", f"{stage}-parts"
+    changes: dict[str, Any] = {"precision": "fp64", "steps": STEPS, "parallel": {"shard": "full", "tensor": 2}, **more}
+    whole, parts = ("-".join([stage, *more, kind]) for kind in ("whole", "parts"))
     on_processes(4, recipe_of(world, stage, whole, **changes))
     for stop in (4, STEPS):
         on_processes(4, recipe_of(world, stage, parts, stop_at=stop, **changes))
     one, two = (newest_good(world / run)[0] for run in (whole, parts))
     assert one is not None and two is not None
     names = sorted(p.relative_to(one).as_posix() for p in one.rglob("*.safetensors"))
-    assert len(names) > 4
+    assert len(names) > (1 if more else 4)
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     assert (world / whole / "metrics.jsonl").read_bytes() == (world / parts / "metrics.jsonl").read_bytes()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,10 @@ from toys import largest_difference, recipe, rows, same_bits, tiny_gpt, uneven_d
 
 from llmkit.config import MachineError, UserError
 from llmkit.data.shards import TokenShards
+from llmkit.model.config import LoraConfig
+from llmkit.model.gpt import GPT
+from llmkit.model.lora import Base, adapters_of, apply_lora
+from llmkit.model.weights import shapes_of
 from llmkit.storage import newest_good, verify
 from llmkit.training import checkpoint
 from llmkit.training.checkpoint import Checkpointer
@@ -34,6 +39,7 @@ GPT2 = {
     "norm": "layernorm", "mlp": "gelu_tanh", "positions": "learned", "qkv_bias": True, "o_bias": True, "mlp_bias": True,
     "n_kv_heads": 4,
 }  # fmt: skip
+MOE = {"qk_norm": True, "experts": {"n": 4, "n_active": 2, "d_ff": 16}}
 QWEN = {"tie_embeddings": False, "qk_norm": True}
 
 
@@ -46,15 +52,29 @@ class Job:
     shape: dict[str, Any]
     start: str | None = None
     optim: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    compile: bool = False
     breaks: bool = False
     """The last process can't write its files."""
+
+
+def model_of(job: Job) -> GPT:
+    """The network, with adapters that already do something."""
+    model = tiny_gpt(**job.shape)
+    if job.lora is not None:
+        apply_lora(model, LoraConfig(**job.lora), 7, Base("base", "hash"))
+        generator = torch.Generator().manual_seed(1)
+        for name, p in model.named_parameters():
+            if ".lora_B" in name:
+                p.data.normal_(0.0, 0.1, generator=generator)
+    return model
 
 
 def run(ranks: Ranks, job: Job, folder: Path) -> None:
     """Does a job and leaves `<name>.json`, its checkpoint and, where it went on from one, that one written again."""
     config = recipe(lr=1e-2, clip=0.5, ema_decay=0.9, steps=20, **job.optim)
-    config = config.model_copy(update={"parallel": ParallelConfig(**job.parallel)})
-    engine, team = Engine(tiny_gpt(**job.shape), config, ranks), Team(ranks)
+    config = config.model_copy(update={"parallel": ParallelConfig(**job.parallel), "compile": job.compile})
+    engine, team = Engine(model_of(job), config, ranks), Team(ranks)
     if job.start is not None:
         found = newest_good(folder / job.start)[0]
         assert found is not None
@@ -135,11 +155,28 @@ CHAIN = [
     Job("d", {"tensor": 2}, GPT2, "c"),
     Job("e", {}, GPT2, "d"),
 ]
+DORA = {"r": 3, "alpha": 6.0, "dora": True, "targets": ("q_proj", "v_proj", "mlp")}
+LORA = {"r": 3, "alpha": 6.0}
+COMPILED: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "shares": ({"shard": "full"}, LORA),
+    "together": ({"tensor": 2}, DORA),
+}
+ADAPTED = [
+    Job("la", {}, GPT2, lora=DORA),
+    Job("lb", {"shard": "full"}, GPT2, "la", lora=DORA),
+    Job("lc", {"shard": "full", "tensor": 2}, GPT2, "lb", lora=DORA),
+    Job("ld", {"tensor": 2}, GPT2, "lc", lora=DORA),
+    Job("le", {}, GPT2, "ld", lora=DORA),
+]
 MUON = {"name": "muon", "weight_decay": 0.1}
 APART = {
-    2: [Job("full", {"shard": "full"}, QWEN, optim=MUON), Job("broken", {"shard": "full"}, QWEN, breaks=True)],
+    2: [Job("full", {"shard": "full"}, QWEN, optim=MUON), Job("broken", {"shard": "full"}, QWEN, breaks=True),
+        Job("dropping", {"tensor": 2}, QWEN, lora={**DORA, "dropout": 0.3}),
+        Job("experts", {"shard": "full"}, MOE, lora=LORA)],
     4: [Job("both", {"shard": "full", "tensor": 2}, QWEN, optim=MUON),
-        Job("hybrid", {"shard": "hybrid", "replicas": 2}, QWEN, optim=MUON)],
+        Job("hybrid", {"shard": "hybrid", "replicas": 2}, QWEN, optim=MUON),
+        Job("wide", {"shard": "full"}, QWEN, lora=LORA, optim=MUON),
+        Job("groups", {"shard": "hybrid", "replicas": 2}, QWEN, lora=LORA)],
 }  # fmt: skip
 
 
@@ -149,13 +186,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("parallel")
     write_shards(path / "shards", uneven_documents())
     run(Ranks(), CHAIN[0], path)
-    on_processes(2, [CHAIN[1], *APART[2]], path)
-    on_processes(4, [CHAIN[2], *APART[4]], path)
-    on_processes(2, [CHAIN[3]], path)
-    run(Ranks(), CHAIN[4], path)
-    for before, job in zip("abcd", CHAIN[1:], strict=True):
-        run(Ranks(), Job(f"alone-{job.name}", {}, GPT2, before), path)
+    run(Ranks(), ADAPTED[0], path)
+    on_processes(2, [CHAIN[1], ADAPTED[1], *APART[2]], path)
+    on_processes(4, [CHAIN[2], ADAPTED[2], *APART[4]], path)
+    on_processes(2, [CHAIN[3], ADAPTED[3]], path)
+    for chain in (CHAIN, ADAPTED):
+        run(Ranks(), chain[4], path)
+    for job in (*CHAIN[1:], *ADAPTED[1:]):
+        run(Ranks(), replace(job, name=f"alone-{job.name}", parallel={}), path)
     run(Ranks(), Job("alone", {}, QWEN, optim=MUON), path)
+    for job in (*APART[2], *APART[4]):
+        if job.lora is not None:
+            run(Ranks(), replace(job, name=f"alone-{job.name}", parallel={}), path)
     return path
 
 
@@ -173,7 +215,11 @@ def told(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "alone"),
-    [("full", "alone"), ("both", "alone"), ("hybrid", "alone"), *((c, f"alone-{c}") for c in "bcde")],
+    [
+        *((c, "alone") for c in ("full", "both", "hybrid")),
+        *((c, f"alone-{c}") for c in "bcde"),
+        *((c, f"alone-{c}") for c in ("lb", "lc", "ld", "le", "dropping", "experts", "wide", "groups")),
+    ],
 )
 def test_the_same_numbers(folder: Path, name: str, alone: str) -> None:
     """D4, B1, B3: losses, norms, evaluation and every tensor of the checkpoint, to rounding in fp64; the same tokens."""
@@ -186,7 +232,7 @@ def test_the_same_numbers(folder: Path, name: str, alone: str) -> None:
     assert largest_difference(files_of(folder / name), files_of(folder / alone)) <= 1e-10
 
 
-@pytest.mark.parametrize(("name", "before"), list(zip("bcde", "abcd", strict=True)))
+@pytest.mark.parametrize(("name", "before"), [(job.name, job.start) for job in (*CHAIN[1:], *ADAPTED[1:])])
 def test_any_mesh_resumes_any_other(folder: Path, name: str, before: str) -> None:
     """D3: what was loaded is what was saved, to the bit, from one process to two, four, two and one."""
     assert same_bits(files_of(folder / f"{name}-again"), files_of(folder / before))
@@ -208,6 +254,35 @@ def test_the_folder_is_a_model(folder: Path) -> None:
     assert [p.name for p in (folder / "c" / "checkpoints").iterdir()] == [found.name]
 
 
+@pytest.mark.campaign
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks(tmp_path: Path) -> None:
+    """B22: as the same weights uncompiled, in shares and of rows computed together."""
+    write_shards(tmp_path / "shards", uneven_documents())
+    jobs = [Job(name, parallel, QWEN, lora=lora, compile=True) for name, (parallel, lora) in COMPILED.items()]
+    on_processes(2, jobs, tmp_path)
+    for job in jobs:
+        alone = f"alone-{job.name}"
+        run(Ranks(), replace(job, name=alone, parallel={}, compile=False), tmp_path)
+        mine, one = told(tmp_path, job.name), told(tmp_path, alone)
+        assert mine["valid"] == pytest.approx(one["valid"], rel=1e-10)
+        for a, b in zip(mine["train"], one["train"], strict=True):
+            assert a == pytest.approx(b, rel=1e-10)
+        assert largest_difference(files_of(tmp_path / job.name), files_of(tmp_path / alone)) <= 1e-10
+
+
+def test_adapters_are_pefts_folder(folder: Path) -> None:
+    """One file, from one process, with the tensors that one process writes; nothing of the base."""
+    found = newest_good(folder / "lc")[0]
+    assert found is not None
+    verify(found)
+    assert [p.name for p in found.glob("*.safetensors*")] == ["adapter_model.safetensors"]
+    alone = newest_good(folder / "alone-lc")[0]
+    assert alone is not None
+    name = "adapter_model.safetensors"
+    assert shapes_of([found / name]) == shapes_of([alone / name])
+
+
 def test_one_fails_and_all_know(folder: Path) -> None:
     """H2: a full disk on the last process: both raise, and no draft is left."""
     assert told(folder, "broken")["left"] == []
@@ -219,8 +294,7 @@ def test_one_fails_and_all_know(folder: Path) -> None:
         ({}, Ranks(tensor=3), {"tensor": 3}, r"tensor \(3\) does not divide model.n_heads \(4\)"),
         ({"d_ff": 50, "n_kv_heads": 4}, Ranks(tensor=4), {"tensor": 4}, r"tensor \(4\) does not divide model.d_ff \(50\)"),
         (
-            {"qk_norm": True, "experts": {"n": 4, "n_active": 2, "d_ff": 16}},
-            Ranks(tensor=2), {"tensor": 2}, "experts are not split.*shard: full",
+            MOE, Ranks(tensor=2), {"tensor": 2}, "experts are not split.*shard: full",
         ),
     ],
 )  # fmt: skip
@@ -231,10 +305,27 @@ def test_refused(shape: dict[str, Any], ranks: Ranks, said: dict[str, Any], why:
         Split(tiny_gpt(**shape), config, ranks, torch.float64, torch.float64)
 
 
+def test_a_base_in_four_bits_is_refused() -> None:
+    """Its layers are told by what they hold."""
+    model = model_of(Job("a", {}, {}, lora=LORA))
+    next(iter(adapters_of(model).values())).packed = SimpleNamespace()  # type: ignore[assignment]
+    config = recipe().model_copy(update={"parallel": ParallelConfig(shard="full")})
+    with pytest.raises(UserError, match=r"lora.quantize with parallel.shard: full: .* drop lora.quantize"):
+        Split(model, config, Ranks(), torch.float64, torch.float64)
+
+
+def test_blocks_are_compiled_one_by_one() -> None:
+    """Where the model is spread; weights are put together between them."""
+    config = recipe().model_copy(update={"parallel": ParallelConfig(), "compile": True})
+    model = tiny_gpt()
+    Split(model, config, Ranks(), torch.float64, torch.float64)
+    assert all(block._compiled_call_impl is not None for block in model.model.layers)
+    assert model._compiled_call_impl is None
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"compile": True}, "compile with parallel.shard: full"),
         ({"log": {"gradient_noise": True}}, "gradient_noise with parallel.shard: full"),
     ],
 )

@@ -52,6 +52,20 @@ class ModelRecipe(RunConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rows_may_be_cut(self) -> Self:
+        if self.parallel.context > 1 and not self.shares_positions:
+            raise ValueError(
+                f"parallel.context ({self.parallel.context}): only pretrain, sft and distill share the positions of a row: "
+                "use parallel.shard or parallel.tensor"
+            )
+        return self
+
+    @property
+    def shares_positions(self) -> bool:
+        """Whether the stage's loss is a sum over positions, of rows that may be cut."""
+        return False
+
     @property
     def builds_model(self) -> bool:
         """Whether the stage says by other keys what the network is."""

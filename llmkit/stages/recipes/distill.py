@@ -59,6 +59,10 @@ class DistillRecipe(ModelRecipe):
         return tuple(term for term in self.losses if isinstance(term, SoftConfig))
 
     @property
+    def shares_positions(self) -> bool:
+        return True
+
+    @property
     def builds_model(self) -> bool:
         return self.from_teacher is not None
 
@@ -117,6 +121,20 @@ class DistillRecipe(ModelRecipe):
             raise ValueError(
                 "train_on: all, but of the student's own answers only the answer is trained: use assistant"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _positions_fit(self) -> DistillRecipe:
+        n = self.parallel.context
+        if n == 1:
+            return self
+        if odd := sorted({term.kind for term in self.losses} - {"soft", "hidden"}):
+            raise ValueError(
+                f"parallel.context ({n}) with losses: {odd[0]}: it looks at whole rows: use parallel.shard"
+            )
+        if self.cache is not None or self.on_policy_frac:
+            which = "on_policy_frac" if self.cache is None else "cache"
+            raise ValueError(f"parallel.context ({n}) with {which}: its rows are not cut: drop one of them")
         return self
 
     @model_validator(mode="after")

@@ -36,6 +36,10 @@ class PretrainRecipe(ModelRecipe):
     masking: MaskingConfig = MaskingConfig()
     """With `objective: masked`: what is hidden."""
 
+    @property
+    def shares_positions(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _objective_fits(self) -> PretrainRecipe:
         masked = self.objective == "masked"

@@ -18,6 +18,10 @@ class SftRecipe(ModelRecipe):
     neftune_alpha: float | None = Field(None, gt=0)
     """Uniform noise on the embeddings in training, of size alpha / sqrt(tokens * width) (arXiv 2310.05914: 5 to 15)."""
 
+    @property
+    def shares_positions(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _data_fits(self) -> SftRecipe:
         check_conversations(self.data, self.train_on)
