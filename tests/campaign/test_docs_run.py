@@ -28,7 +28,7 @@ LINKED = ("configs", "data", "docs", "scripts", "tests", "llmkit", "README.md", 
 # The demo's stages in an order in which each finds what it begins with.
 STAGES = (
     "tokenizer/demo", "pretrain/demo", "pretrain/demo_masked", "sft/demo", "sft/demo_manners", "sft/demo_short",
-    "sft/lora_demo", "reward/demo", "reward/classify", "reward/regress", "ppo/demo", "grpo/demo", "dpo/demo",
+    "sft/demo_alone", "sft/lora_demo", "reward/demo", "reward/classify", "reward/regress", "ppo/demo", "grpo/demo", "dpo/demo",
     "distill/demo", "distill/features",
 )  # fmt: skip
 TASKS = ("mmlu", "mmlu_pro", "gpqa", "drop", "humaneval", "gsm8k", "ceval", "cmmlu")
@@ -81,12 +81,20 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(at / "gsm8k_train.jsonl", sums)
     write_rows(at / "chats.jsonl", [{"prompt": f"{i} + {i} = ?", "completion": str(2 * i)} for i in range(40)])
     write_rows(at / "answers.jsonl", [{"prompt": "1 + 1 = ?", "responses": ["2", "3"]}])
+    mine = {
+        "stage": "pretrain", "out": "runs/mine", "tokenizer": {"kind": "byte"}, "data": {"path": "my.txt"}, "steps": 5,
+        "model": {"n_layers": 1, "n_heads": 2, "d_model": 16, "max_seq_len": 64}, "batch": {"tokens_per_step": 128},
+        "save": {"every": 1, "keep": 5},
+    }  # fmt: skip
+    (at / "mine.yaml").write_text(yaml.safe_dump(mine), "utf-8")
     for task in TASKS:
         write_rows(at / "DIR" / f"{task}.jsonl", rows_of(task, 4))
     for name in STAGES:
         recipe = f"configs/{name}.yaml"
         done = run(["train", recipe, *quick(recipe, [], at)], at)
         assert done.returncode == 0, f"{recipe}\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
+    for name, stage in {"a": "sft", "b": "sft_manners", "c": "sft_short"}.items():
+        (at / "runs" / name).symlink_to(at / "runs/demo" / stage)
     return at
 
 
@@ -103,8 +111,12 @@ def prepared(command: Command, at: Path, number: int) -> list[str]:
         words[1] = "runs/demo/sft_lora"
     if words[0] == "run" and "--dry-run" not in words and "--until" not in words:
         words += ["--until", "tokenizer", f"out=runs/whole-{number}"]  # the whole of it is `make demo`
-    if words[0] in ("train", "prepare", "plan", "doctor", "inspect", "sweep") and words[1].endswith(".yaml"):
+    if words[0] in ("train", "prepare", "plan", "doctor", "inspect", "sweep") and words[-1] != words[0]:
+        if not words[1].endswith(".yaml"):
+            return words
         given = [w for w in words[2:] if "=" in w and not w.startswith("-")]
+        if words[1] == "mine.yaml":
+            return words
         if words[0] in ("train", "prepare"):
             load_recipe(words[1], [g for g in given if not g.startswith("part=")])
             words = [*words[:2], *quick(words[1], given, at)]

@@ -97,7 +97,7 @@ def test_soft_labels_teach(world: Path, divergence: str) -> None:
     ids=lambda t: f"{t['kind']}-{t.get('measure', '')}",
 )
 def test_each_feature_alone_lowers_its_distance_by_half(world: Path, term: dict[str, Any]) -> None:
-    """Issue D 3: on held-out rows; and it alone moves no word, for the head has no part in it."""
+    """On held-out rows; and it alone moves no word, for the head has no part in it."""
     run = world / f"feature-{term['kind']}-{term.get('measure', '')}"
     losses = [{**term, "name": "it"}]
     file = distill(world, run.name, losses=losses, steps=120, eval={"every": 120}, optim={"lr": 1e-2})
