@@ -114,6 +114,10 @@ def prepared(command: Command, at: Path, number: int) -> list[str]:
         words += ["--limit", "3"] * ("--limit" not in words) + ["--max-new-tokens", "8"] * (
             "--max-new-tokens" not in words
         )
+        at_out = words.index("--out") + 1  # several commands of the pages write one file, each in its own way
+        words[at_out] = f"out-{number}.jsonl"
+    if words[0] == "replay":
+        words[words.index("--step") + 1] = "2"
     if words[0] == "run" and "--dry-run" not in words and "--until" not in words:
         words += ["--until", "tokenizer", f"out=runs/whole-{number}"]  # the whole of it is `make demo`
     if words[0] in ("train", "prepare", "plan", "doctor", "inspect", "sweep") and words[-1] != words[0]:
