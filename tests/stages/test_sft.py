@@ -236,8 +236,9 @@ def test_how_a_step_is_cut_makes_no_difference(tmp_path: Path) -> None:
         config = RunConfig(out="x", steps=1, optim=OptimConfig(name="sgd", lr=1.0, clip=None, weight_decay=0.0,
                            schedule="constant", warmup_steps=0), precision="fp64")  # fmt: skip
         engine = Engine(network(), config)
-        loader = RowLoader(ChatRows([chats], row_len=64, pad_id=0, packing=False), rows_per_step=4, micro_rows=micro)
-        engine.update(loader.step(0), token_loss(0.0, 256))
+        rows_of = ChatRows([chats], row_len=64, pad_id=0, packing=False)
+        with RowLoader(rows_of, rows_per_step=4, micro_rows=micro) as loader:
+            engine.update(loader.step(0), token_loss(0.0, 256))
         found.append(torch.cat([p.detach().flatten() for p in engine.module.parameters()]))
     assert torch.allclose(found[0], found[1], rtol=0, atol=1e-12)
     assert torch.allclose(found[0], found[2], rtol=0, atol=1e-12)

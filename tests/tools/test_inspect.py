@@ -69,8 +69,8 @@ def test_every_stage_is_shown(stage: str, world: Path, capsys: pytest.CaptureFix
 
 def test_what_is_shown_as_learnt_is_the_batch(world: Path) -> None:
     recipe = load_recipe(tiny_stage(world, "sft", "counted"))
-    with opened_data(recipe) as (task, ctx):
-        batches = task.open_rows(ctx).step(2)
+    with opened_data(recipe) as (task, ctx), task.open_rows(ctx) as loader:
+        batches = loader.step(2)
         n = sum(t.learnt for b in batches for text in texts_of(b, task.tokenizer) for t in text.tokens)
         assert n == sum(b.denominator for b in batches) > 0
         shown = [text for b in batches for text in texts_of(b, task.tokenizer)]
