@@ -46,11 +46,14 @@ def _child(process: int, world: int, recipe: str, port: int) -> None:
     assert train(Path(recipe)) == 0, recipe
 
 
-def on_processes(world: int, recipe: Path) -> None:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_child, (world, str(recipe), port), nprocs=world)
+        return int(s.getsockname()[1])
+
+
+def on_processes(world: int, recipe: Path) -> None:
+    mp.spawn(_child, (world, str(recipe), free_port()), nprocs=world)
 
 
 def recipe_of(folder: Path, stage: str, out: str, **changes: Any) -> Path:
