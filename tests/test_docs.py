@@ -1,4 +1,4 @@
-"""The commands that README and the pages in docs/ show: each is one that `llmkit` understands, on recipes that hold.
+"""The commands and keys that README and the pages in docs/ show: each is one that `llmkit` understands, on recipes that hold.
 
 `tests/campaign/test_docs_run.py` runs them. A line that needs what a small machine lacks says so: `# needs a GPU`,
 `# needs the hub`.
@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from llmkit.cli import build_parser
 from llmkit.stages import load_recipe
@@ -105,7 +108,7 @@ def test_no_line_of_shell_is_passed_over(page: Path) -> None:
 
 def spans(page: Path) -> Iterator[str]:
     """Commands that a sentence names: `llmkit diff A B`."""
-    for _, line in enumerate(page.read_text("utf-8").splitlines()):
+    for line in page.read_text("utf-8").splitlines():
         if not line.startswith("    "):
             yield from re.findall(r"`(llmkit [a-z][^`]*)`", line)
 
@@ -156,3 +159,67 @@ def test_links_lead_somewhere() -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     linked = set(re.findall(r"\]\((docs/[^)#\s]+)", (ROOT / "README.md").read_text("utf-8")))
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
+
+
+# --- the keys of recipes that pages name -----------------------------------------------------------------------------
+
+FILES = (".json", ".safetensors", ".jsonl", ".md", ".yaml", ".py", ".png", ".html", ".model", ".onnx", ".data")
+NO_KEYS = ("optim.lrr", "batch.part", "losses.", "data.rewards")  # the mistake that README shows; names in Python
+
+
+def keys_of(node: dict[str, Any], before: str = "", within: tuple[str, ...] = ()) -> Iterator[str]:
+    """Dotted keys that the recipes' schema knows. What may have any key ends with an asterisk."""
+    if "$ref" in node:
+        name = node["$ref"].rsplit("/", 1)[1]
+        if within.count(name) < 2:
+            yield from keys_of(SCHEMA["$defs"][name], before, (*within, name))
+    for part in (*node.get("anyOf", ()), *node.get("oneOf", ())):
+        yield from keys_of(part, before, within)
+    if isinstance(node.get("items"), dict):
+        yield from keys_of(node["items"], before, within)
+    if isinstance(node.get("additionalProperties"), dict):
+        yield f"{before}.*"
+    for key, part in node.get("properties", {}).items():
+        yield f"{before}.{key}".lstrip(".")
+        yield from keys_of(part, f"{before}.{key}".lstrip("."), within)
+
+
+SCHEMA = json.loads((ROOT / "configs/recipe.schema.json").read_text("utf-8"))
+KEYS = set(keys_of(SCHEMA))
+SECTIONS = {key.split(".")[0] for key in KEYS}
+
+
+def told(value: Any, before: str = "") -> Iterator[str]:
+    """Dotted keys of a piece of a recipe."""
+    for one in value if isinstance(value, list) else [value]:
+        for key, part in one.items() if isinstance(one, dict) else ():
+            yield f"{before}.{key}".lstrip(".")
+            yield from told(part, f"{before}.{key}".lstrip("."))
+
+
+def named_keys(page: Path) -> Iterator[str]:
+    text = page.read_text("utf-8")
+    for block in re.findall(r"^```yaml\n(.*?)^```", text, re.S | re.M):
+        recipe = yaml.safe_load(block)
+        if "nodes" not in recipe:
+            yield from told(recipe)
+    for span in re.findall(r"`([^`\n]+)`", text):
+        if match := re.fullmatch(r"([a-z_]+): [\[{].*[\]}]", span):
+            yield from told(yaml.safe_load(span)) if match[1] in SECTIONS else ()
+        for key in re.findall(r"(?<![\w./{-])[a-z_]+(?:\.[a-z_]+)+(?![\w/*(-])", span):
+            if key.split(".")[0] in SECTIONS and not key.endswith(FILES):
+                yield key
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_keys_of_recipes_are_keys(page: Path) -> None:
+    """Those of blocks of YAML and of sentences. Rewards have the keys of their kinds, which the schema doesn't tell apart."""
+    free = tuple(key[:-1] for key in KEYS if key.endswith("*"))
+    for key in named_keys(page):
+        known = key in KEYS or key.startswith((*free, *NO_KEYS)) or ".rewards." in key
+        assert known, f"{page.name}: {key} is no key of a recipe"
+
+
+def test_there_are_keys() -> None:
+    assert {"optim.lr", "data.train.path", "eval.samples.prompts", "lora.r"} <= KEYS and "lora.rank" not in KEYS
+    assert sum(len(list(named_keys(page))) for page in PAGES) > 300
