@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 LINKED = ("configs", "data", "docs", "scripts", "tests", "llmkit", "README.md", "pyproject.toml", "Makefile")
 
 
-def blocks() -> list[str]:
-    """The shell blocks of the README, without the lines that say `# not tested`, and why."""
-    readme = ROOT / "README.md"
+def blocks(page: str = "README.md") -> list[str]:
+    """The shell blocks of a README, without the lines that say `# not tested`, and why."""
+    readme = ROOT / page
     text = readme.read_text("utf-8") if readme.is_file() else ""
     found = []
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M):
@@ -52,17 +52,21 @@ def test_the_commands_are_commands() -> None:
     assert n_commands, "README.md shows no command of ours"
 
 
-@pytest.mark.timeout(600)
-def test_the_commands_run(tmp_path: Path) -> None:
+def run_blocks(page: str, at: Path) -> None:
     """One after the other in one folder that looks like a clone, so what they write stays out of this one."""
-    assert blocks(), "README.md shows no shell block"
     for name in LINKED:
         if (ROOT / name).exists():
-            (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / ".venv").symlink_to(sys.prefix)
+            (at / name).symlink_to(ROOT / name)
+    (at / ".venv").symlink_to(sys.prefix)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    for block in blocks():
+    for block in blocks(page):
         done = subprocess.run(
-            ["bash", "-euxo", "pipefail", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+            ["bash", "-euxo", "pipefail", "-c", block], cwd=at, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.timeout(600)
+def test_the_commands_run(tmp_path: Path) -> None:
+    assert blocks(), "README.md shows no shell block"
+    run_blocks("README.md", tmp_path)

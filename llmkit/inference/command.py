@@ -110,11 +110,22 @@ def load_draft(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
     return load_model(folder, DTYPES.get(args.precision), pick_device(args.device))
 
 
+def drafting_engine(model: GPT, draft: GPT, tokenizer: Tokenizer, n_texts: int = 1) -> Engine:
+    """An engine for so many texts at once, each as long as the context. Raises UserError if the draft doesn't fit."""
+    longest = -(-model.config.max_seq_len // EngineConfig().block_tokens) * EngineConfig().block_tokens
+    limits = EngineConfig(max_rows=n_texts, cache_tokens=n_texts * longest)
+    return Engine(model, tokenizer, limits, draft=draft)
+
+
+def note_drafts(engine: Engine) -> None:
+    """Says on stderr how much a draft was worth."""
+    done = engine.counters
+    print(f"note: the model took {done.accepted_tokens} of the draft's {done.drafted_tokens} tokens", file=sys.stderr)
+
+
 def print_drafted(model: GPT, draft: GPT, tokenizer: Tokenizer, ids: list[int], sampling: SamplingConfig) -> None:
     """As `print_texts`, but a draft proposes tokens, and a note says how many of them the model took."""
-    longest = -(-model.config.max_seq_len // EngineConfig().block_tokens) * EngineConfig().block_tokens
-    limits = EngineConfig(max_rows=sampling.n, cache_tokens=sampling.n * longest)
-    engine = Engine(model, tokenizer, limits, draft=draft)
+    engine = drafting_engine(model, draft, tokenizer, sampling.n)
     texts = {engine.submit(request): "" for request in requests_of(ids, sampling, sampling.seed)}
     alone, cut_off = sampling.n == 1, False
     while engine.busy:
@@ -129,8 +140,7 @@ def print_drafted(model: GPT, draft: GPT, tokenizer: Tokenizer, ids: list[int], 
         print()
     for k, text in enumerate(() if alone else texts.values(), 1):
         print(f"--- {k} of {sampling.n}\n{text}")
-    done = engine.counters
-    print(f"note: the model took {done.accepted_tokens} of the draft's {done.drafted_tokens} tokens", file=sys.stderr)
+    note_drafts(engine)
     _note_end(model, ids, sampling, cut_off)
 
 

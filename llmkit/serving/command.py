@@ -11,10 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmkit.config import UserError, validate
-from llmkit.inference.command import is_chat_model
+from llmkit.inference.command import DTYPES, is_chat_model, load_draft
 from llmkit.inference.engine.config import EngineConfig
 from llmkit.inference.engine.engine import Engine
 from llmkit.model.weights import load_model
@@ -22,8 +20,6 @@ from llmkit.serving.config import ServingConfig
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.dist import pick_device
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,11 +31,8 @@ def run(args: argparse.Namespace) -> int:
     engine_config: EngineConfig = validate(EngineConfig, _given(args, EngineConfig), {(): "serve"})
     folder = resolve_model(args.model)
     tokenizer = Tokenizer.load(folder)
-    dtype, device = _DTYPES[args.precision] if args.precision else None, pick_device(args.device)
-    model = load_model(folder, dtype, device)
-    draft = None
-    if args.draft is not None:
-        draft = load_model(resolve_model(args.draft), dtype, device)
+    model = load_model(folder, DTYPES.get(args.precision), pick_device(args.device))
+    draft = None if args.draft is None else load_draft(args, tokenizer)
     engine = Engine(model, tokenizer, engine_config, draft=draft)
     chat = is_chat_model(folder, tokenizer)
     with listen(config.host, config.port) as listener:

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmkit.config import UserError, validate
+from llmkit.config import MachineError, UserError, validate
 from llmkit.data.layouts import Message
 from llmkit.inference.batch import check_model
-from llmkit.inference.command import DTYPES, is_chat_model, read_sampling
+from llmkit.inference.command import DTYPES, drafting_engine, is_chat_model, load_draft, note_drafts, read_sampling
 from llmkit.inference.config import SamplingConfig
+from llmkit.inference.engine.engine import Engine
+from llmkit.inference.engine.request import Request
 from llmkit.inference.generate import generate
-from llmkit.inference.stream import Generation, TextStream
+from llmkit.inference.stream import FinishReason, Generation, TextStream
 from llmkit.model.gpt import GPT
 from llmkit.model.weights import load_model
 from llmkit.storage import resolve_model
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(folder, DTYPES.get(args.precision), pick_device(args.device))
     check_model(model, tokenizer.vocab_size)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    chat = Chat(model, tokenizer, sampling, args.system, interactive)
+    engine = None if args.draft is None else drafting_engine(model, load_draft(args, tokenizer), tokenizer)
+    chat = Chat(model, tokenizer, sampling, args.system, interactive, engine)
     if interactive:
         _say(f"{folder}: {model.config.max_seq_len} tokens of context; /help tells what else can be typed")
     for line in _messages(interactive):
@@ -69,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
             if not interactive:
                 raise
             _say(f"error: {e}")
+    if engine is not None:
+        note_drafts(engine)
     return 0
 
 
@@ -124,9 +129,17 @@ class Chat:
     """A model, its settings and a conversation with it."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, sampling: SamplingConfig, system: str | None, interactive: bool
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        sampling: SamplingConfig,
+        system: str | None,
+        interactive: bool,
+        engine: Engine | None = None,
     ):
+        """engine: of the same model with a draft; it then writes the answers."""
         self.model, self.tokenizer, self.sampling, self.interactive = model, tokenizer, sampling, interactive
+        self.engine = engine
         self.history = History(system)
         self.n_asked = 0
         """Answers that were asked for: each draws from a seed of its own, also another one to the same message."""
@@ -186,8 +199,10 @@ class Chat:
             _say(f"note: the answer is cut off: {why}")
 
     def _write(self, ids: list[int], seed: int) -> Generation:
-        stream = TextStream(self.tokenizer, self.sampling.stop)
         with _ctrl_c_stops() if self.interactive else contextlib.nullcontext(lambda: False) as should_stop:
+            if self.engine is not None:
+                return self._write_drafted(self.engine, Request(ids, self.sampling, seed), should_stop)
+            stream = TextStream(self.tokenizer, self.sampling.stop)
             (result,) = generate(
                 self.model,
                 [ids],
@@ -199,6 +214,28 @@ class Chat:
             )
         print(stream.finish(), flush=True)
         return result
+
+    def _write_drafted(self, engine: Engine, request: Request, should_stop: Callable[[], bool]) -> Generation:
+        """The same by the engine, which keeps the keys and values of what was said before."""
+        number = engine.submit(request)
+        ids: list[int] = []
+        logprobs: list[float] = []
+        text = ""
+        reason: FinishReason = "interrupted"
+        try:
+            while engine.busy and not should_stop():
+                for event in engine.step():
+                    if event.token is None or event.logprob is None or event.finish_reason == "error":
+                        raise MachineError(f"the answer broke off: {event.error}")
+                    ids.append(event.token)
+                    logprobs.append(event.logprob)
+                    text += event.text
+                    reason = event.finish_reason or reason
+                    print(event.text, end="", flush=True)
+        finally:
+            engine.cancel(number)  # what was interrupted holds no room
+        print(flush=True)
+        return Generation(ids, logprobs, text, reason)
 
     def _retry(self) -> None:
         if not self.history.turns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from llmkit.cli import main
 from llmkit.model.files import model_files
 from llmkit.serving.command import listen
 from llmkit.serving.config import ServingConfig
+from llmkit.tokenizer import Tokenizer
+from llmkit.tokenizer.config import TokenizerConfig
 
 for library in ("starlette", "uvicorn"):
     pytest.importorskip(library, reason="the extra serve is not installed")
@@ -45,12 +48,17 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err
 
 
-def test_mistakes_are_told(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("LLMKIT_API_KEY", raising=False)
     assert "--api-key" in refusal(capsys, str(folder), "--host", "0.0.0.0")
     assert "port" in refusal(capsys, str(folder), "--port", "70000")
     assert "max_rows" in refusal(capsys, str(folder), "--max-rows", "0")
     assert "no such folder" in refusal(capsys, str(folder / "x"))
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    Tokenizer.train([], TokenizerConfig(kind="byte", special=("<|x|>",))).save(other)
+    assert "its tokenizer is not the model's" in refusal(capsys, str(folder), "--draft", str(other))
     with listen("127.0.0.1", 0) as taken:
         assert "choose another --host or --port" in refusal(capsys, str(folder), "--port", str(taken.getsockname()[1]))
     monkeypatch.setitem(sys.modules, "uvicorn", None)

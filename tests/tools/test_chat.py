@@ -19,9 +19,11 @@ import pytest
 
 from llmkit.cli import main
 from llmkit.config import UserError
+from llmkit.inference.command import drafting_engine
 from llmkit.inference.config import SamplingConfig
 from llmkit.model.weights import load_model
 from llmkit.tokenizer import Tokenizer
+from llmkit.tokenizer.config import TokenizerConfig
 from llmkit.tools.chat import COMMANDS, SETTINGS, Chat, History, _ctrl_c_stops
 
 ANSWERS = ("yes", "no", "ok", "好", "fine", "well")  # what the model of conftest has learnt
@@ -113,6 +115,40 @@ def test_a_model_that_does_not_chat(
     assert code == 2 and "is a base model" in err and "llmkit generate" in err
     assert chat(capsys, monkeypatch, "q1\n", tmp_path / "nowhere")[0] == 2
     assert chat(capsys, monkeypatch, "q1\n", answering, "--top-p", 3)[0] == 2
+
+
+def test_a_draft_changes_no_greedy_answer(
+    answering: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turn after turn, to the end of the context and beyond; a note tells what the draft was worth."""
+    talk = "".join(f"q{k}\n" for k in range(8)) + "/retry\n"
+    greedy = (answering, "--temperature", 0, "--max-new-tokens", 8)
+    plain = chat(capsys, monkeypatch, talk, *greedy)
+    code, out, err = chat(capsys, monkeypatch, talk, *greedy, "--draft", answering)
+    assert code == plain[0] == 0 and out == plain[1] and "messages are forgotten" in err
+    n_taken, n_drafted = (int(word) for word in err.split("note: the model")[1].split() if word.isdigit())
+    assert 0 < n_taken <= n_drafted
+    assert chat(capsys, monkeypatch, "q1\n", answering, "--draft", answering)[1][0] in ANSWERS
+    other = Path(shutil.copytree(answering, tmp_path / "other"))
+    Tokenizer.train([], TokenizerConfig(kind="byte", special=("<|x|>",))).save(other)
+    code, _, err = chat(capsys, monkeypatch, "q1\n", *greedy, "--draft", other)
+    assert code == 2 and "its tokenizer is not the model's" in err
+
+
+def test_an_interrupted_draft_gives_its_room_back(
+    session: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends an answer of the engine's too: what is written stays, and the next answer is whole."""
+    session.engine = drafting_engine(session.model, session.model, session.tokenizer)
+    session.interactive = True
+    with monkeypatch.context() as pressed:
+        pressed.setattr("llmkit.tools.chat._ctrl_c_stops", lambda: contextlib.nullcontext(lambda: True))
+        session.take("q1")
+    assert session.history.turns[1]["content"] == "" and not session.engine.busy
+    assert session.engine.counters.blocks_in_use == 0
+    session.take("/reset")
+    session.take("q1")
+    assert session.history.turns[1]["content"] in ANSWERS
 
 
 # --- what is remembered ----------------------------------------------------------------------------------------------
