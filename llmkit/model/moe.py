@@ -202,9 +202,10 @@ class MoE(nn.Module):
         visit_NK = visit_NK.view_as(chosen_NK)
         x_SD = Dispatch.apply(x_ND, order_S // self.config.n_active, visit_NK)
         sizes_E = torch.bincount(expert_S, minlength=self.config.n)
-        if self.exchange is None:
-            y_SD = self.experts(x_SD, sizes_E.tolist())
-        else:
-            y_SD = self.exchange(self.experts, x_SD, sizes_E)
+        y_SD = (
+            self.experts(x_SD, sizes_E.tolist())
+            if self.exchange is None
+            else self.exchange(self.experts, x_SD, sizes_E)
+        )
         out_ND: Tensor = _Combine.apply(y_SD, weight_NK, visit_NK, order_S)
         return out_ND

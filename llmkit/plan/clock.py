@@ -135,7 +135,8 @@ class Clock:
         work = 2 * count.active * max(1.0, at_once) / self.product
         token = max(read, work, model.n_layers * 20 * _LAUNCH_S)
         whole = sum(
-            other.cost.n_params * BYTES[other.precision] * (1 - share_of(other, self.mesh)) for other in self.job.trained
+            other.cost.n_params * BYTES[other.precision] * (1 - share_of(other, self.mesh))
+            for other in self.job.trained
         )
         self._send("whole copies for answers", whole)
         return rounds * p.new_tokens * token, whole / self._rate(self.mesh.members, 1)
@@ -227,4 +228,6 @@ class Clock:
         own, owners = own * mesh.experts / same, mesh.world // mesh.tensor // same
         rest_bytes, own_bytes = rest * (copies - 1) / copies, own * (owners - 1) / owners
         self._send("gradients of copies", rest_bytes + own_bytes)
-        return rest_bytes / self._rate(copies, mesh.shards * mesh.tensor) + own_bytes / self._rate(owners, same * mesh.tensor)
+        return rest_bytes / self._rate(copies, mesh.shards * mesh.tensor) + own_bytes / self._rate(
+            owners, same * mesh.tensor
+        )

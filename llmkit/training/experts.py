@@ -26,7 +26,9 @@ def check_experts(module: nn.Module, ranks: Ranks) -> None:
     """Raises UserError, where a model has no experts, or not so many that all ranks get as many."""
     counts = {m.config.n for m in module.modules() if isinstance(m, MoE)}
     if not counts:
-        raise UserError(f"parallel.experts ({ranks.experts}): the model has no experts: leave it out, or use parallel.shard")
+        raise UserError(
+            f"parallel.experts ({ranks.experts}): the model has no experts: leave it out, or use parallel.shard"
+        )
     for n in sorted(counts):
         if n % ranks.experts:
             raise UserError(

@@ -204,9 +204,7 @@ def _mesh(config: ParallelConfig, ranks: Ranks) -> tuple[Any, int]:
     return whole["replicate", "shard"], shares
 
 
-def _shard(
-    model: GPT | SequenceClassifier, mesh: Any, experts: Any, dtype: torch.dtype, wide: torch.dtype
-) -> None:
+def _shard(model: GPT | SequenceClassifier, mesh: Any, experts: Any, dtype: torch.dtype, wide: torch.dtype) -> None:
     """Shares a network's weights: those of a block are put together just before it computes, those around the blocks for
     a whole step, since the loss takes the head's matrix itself. `experts`: the mesh of the experts that this rank holds,
     where others hold the rest; None: they are as the other weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,9 @@ def test_half_precision(folder: Path, name: str) -> None:
     """Sums are of other parts, in bf16: about the same."""
     mine, one = told(folder, name), told(folder, f"alone-{name}")
     for a, b in zip(mine["train"], one["train"], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-2)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=5e-2
+        )
 
 
 @pytest.mark.parametrize(("name", "before"), [(job.name, job.start) for job in CHAIN[1:]])
@@ -99,13 +102,28 @@ def test_a_rank_holds_its_share(folder: Path, name: str, n: int, shares: int) ->
     experts = sum(size for k, size in sizes.items() if ".experts." in k)
     held = told(folder, name)["held"]
     assert 0 < experts < sum(sizes.values()) == told(folder, f"alone-{name}")["held"]
-    assert held == experts // n + (sum(sizes.values()) - experts) // shares
+    rest = held - experts // n - (sum(sizes.values()) - experts) // shares
+    assert 0 <= rest <= 32 * (shares > 1)  # matrices of one row are the first process's
 
 
 def test_a_step_is_a_function_of_its_data(folder: Path) -> None:
     """Whoever is faster: the same bits."""
     assert same_bits(files_of(folder / "shares"), files_of(folder / "again"))
     assert told(folder, "shares")["train"] == told(folder, "again")["train"]
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("parallel", "recompute"), [({"experts": 2}, True), ({"experts": 2, "shard": "full"}, False)])
+def test_compiled_blocks(tmp_path: Path, parallel: dict[str, Any], recompute: bool) -> None:
+    """B22: as the same weights uncompiled on one process."""
+    write_shards(tmp_path / "shards", uneven_documents())
+    job = Job("compiled", parallel, SHARED, compile=True, recompute=recompute)
+    on_processes(2, [job], tmp_path)
+    run(Ranks(), replace(job, name="alone", parallel={}, compile=False), tmp_path)
+    mine, one = told(tmp_path, "compiled"), told(tmp_path, "alone")
+    assert mine["train"][1] == pytest.approx(one["train"][1], rel=1e-10)
+    assert largest_difference(files_of(tmp_path / "compiled"), files_of(tmp_path / "alone")) <= 1e-10
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------
@@ -191,7 +209,9 @@ def test_however_uneven_the_load(layers: tuple[dict[str, torch.Tensor], ...], na
     visited = {e for kinds in LOADS[name] for kind in kinds for e in (2 * kind, 2 * kind + 1)}
     for rank, (mine, x) in enumerate(zip(layers, given, strict=True)):
         first = rank * given[0].shape[1]
-        torch.testing.assert_close(mine[f"{name}/{frozen}/y"], y.detach()[:, first : first + x.shape[1]], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            mine[f"{name}/{frozen}/y"], y.detach()[:, first : first + x.shape[1]], rtol=1e-12, atol=1e-12
+        )
         if not frozen:
             assert x.grad is not None
             torch.testing.assert_close(mine[f"{name}/{frozen}/x"], x.grad, rtol=1e-12, atol=1e-12)
@@ -229,7 +249,9 @@ def test_refused(shape: dict[str, Any], world: int, said: dict[str, Any], why: s
 def test_a_group_of_shares_holds_every_expert() -> None:
     from llmkit.training.experts import experts_mesh
 
-    with pytest.raises(UserError, match=r"experts \(4\) does not divide the 2 ranks that share a model \(2 groups of 2 in 4"):
+    with pytest.raises(
+        UserError, match=r"experts \(4\) does not divide the 2 ranks that share a model \(2 groups of 2 in 4"
+    ):
         experts_mesh(Ranks(world=4, experts=4), 2)
 
 
