@@ -51,11 +51,11 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
-def tiny_world(folder: Path) -> Path:
-    """A base model of 10 k weights, a teacher of 20 k, and rows for every stage; of uneven lengths."""
+def tiny_world(folder: Path, **shape: Any) -> Path:
+    """A base model of 10 k weights, a teacher of 20 k, and rows for every stage; of uneven lengths. `shape`: of both."""
     pick, tokenizer = random.Random(0), Tokenizer.train([], TokenizerConfig(kind="byte"))
-    tiny_model(folder / "base", tokenizer, seed=0, n_layers=1, d_model=16)
-    tiny_model(folder / "teacher", tokenizer, seed=1, n_layers=2, d_model=24)
+    tiny_model(folder / "base", tokenizer, seed=0, n_layers=1, d_model=16, **shape)
+    tiny_model(folder / "teacher", tokenizer, seed=1, n_layers=2, d_model=24, **shape)
 
     def asked() -> str:
         return _word(pick, pick.randint(1, 8))
@@ -80,7 +80,7 @@ def tiny_world(folder: Path) -> Path:
     return folder
 
 
-def tiny_model(folder: Path, tokenizer: Tokenizer, seed: int, **shape: int) -> None:
+def tiny_model(folder: Path, tokenizer: Tokenizer, seed: int, **shape: Any) -> None:
     """A language model with random weights, as a folder."""
     rows_of_embedding = -(-tokenizer.vocab_size // 64) * 64
     model = GPT(GPTConfig(n_heads=2, max_seq_len=96, vocab_size=rows_of_embedding, **shape))

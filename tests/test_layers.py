@@ -30,6 +30,7 @@ FLOORS: list[tuple[str, ...]] = [
         "plan",
         "training.optim",
         "training.parallel",
+        "training.experts",
         "training.guard",
         "training.norms",
         "training.freeze",

@@ -11,12 +11,12 @@ import yaml
 
 from llmkit.cli import main
 from llmkit.config import UserError
-from llmkit.model.config import GPTConfig
+from llmkit.model.config import GPTConfig, count_params
 from llmkit.plan.clock import Clock
 from llmkit.plan.cost import cost_of
 from llmkit.plan.gpus import GPUS, recognised
 from llmkit.plan.job import Job, Net, Pass
-from llmkit.plan.mesh import Cluster, Mesh, easier, fits, memory_of, meshes, objection, peak_of, state_of
+from llmkit.plan.mesh import Cluster, Mesh, easier, fits, memory_of, meshes, objection, peak_of, share_of, state_of
 from llmkit.plan.report import describe, suggestions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,6 +29,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def llama(name: str) -> GPTConfig:
     return GPTConfig(n_kv_heads=8, max_seq_len=T, vocab_size=128256, tie_embeddings=False, **SHAPES[name])
+
+
+def mixture(n: int = 64) -> GPTConfig:
+    """Half the depth and the experts of Qwen3-30B-A3B."""
+    return GPTConfig(
+        n_layers=24, n_heads=32, n_kv_heads=4, d_model=2048, d_ff=6144, max_seq_len=T, vocab_size=151936, qk_norm=True,
+        tie_embeddings=False, experts={"n": n, "n_active": min(n, 8), "d_ff": 768},
+    )  # fmt: skip
 
 
 def job(model: GPTConfig, rows: int, micro: int = 1, **options: Any) -> Job:
@@ -110,6 +118,58 @@ def test_ranks_that_share_rows() -> None:
     assert together.messages["keys and values"] > 0 and "keys and values" not in apart.messages
     assert together.total == pytest.approx(apart.total, rel=0.3)
     assert objection(planned, Mesh(256, "full", context=4)) is None  # four times as many GPUs as rows
+
+
+def test_ranks_that_hold_experts_together() -> None:
+    """Replicated, a rank's state falls to what is no expert and a share of the rest; in shares it stays, but a block is put
+    together of fewer weights. Visits are messages: there and back, forward and backward."""
+    planned = job(mixture(), 64, recompute=False)
+    net = planned.nets[0]
+    experts = count_params(net.model).experts
+    assert experts / net.cost.n_params > 0.8
+    for n in (2, 4, 8):
+        share = share_of(net, Mesh(64, experts=n))
+        assert share == pytest.approx(1 - (1 - 1 / n) * experts / net.cost.n_params)
+        assert sum(state_of(net, Mesh(64, experts=n)).values()) == pytest.approx(share * net.cost.state_bytes)
+        assert share_of(net, Mesh(64, "full", experts=n)) == pytest.approx(1 / 64)
+        assert share_of(net, Mesh(64, "hybrid", replicas=8, experts=n)) == pytest.approx(1 / 8)
+    where = cluster("h100", 8)
+    alone, together = Mesh(64, "full"), Mesh(64, "full", experts=8)
+    peaks = [peak_of(memory_of(planned, mesh))[1] for mesh in (alone, together)]
+    assert peaks[1] < peaks[0] - 2 * 2 * 0.8 * experts / 24  # two blocks in bf16
+    apart, shared = (Clock(planned, mesh, where).step() for mesh in (alone, together))
+    visits = planned.tokens_per_step / 64 * 8 * 2048 * 2 * 24 * 4 * 7 / 8
+    assert shared.messages["visits of experts"] == pytest.approx(visits) and "visits of experts" not in apart.messages
+    weights = "sharded weights and gradients"
+    assert shared.messages[weights] < 0.4 * apart.messages[weights]
+    replicated = (Clock(planned, Mesh(64, experts=n), where).step().messages for n in (1, 8))
+    one, eight = (sent["gradients of copies"] for sent in replicated)
+    assert eight == pytest.approx(2 * 4 * ((net.cost.n_params - experts) * 63 / 64 + experts / 8 * 7 / 8))
+    assert one == pytest.approx(2 * 4 * net.cost.n_params * 63 / 64)
+    # Beyond a node they travel over its network.
+    far = Clock(planned, Mesh(64, "full", experts=8), replace(where, per_node=1, nodes=64)).step()
+    assert far.seconds["messages"] > 3 * shared.seconds["messages"]
+
+
+def test_meshes_of_experts_are_suggested() -> None:
+    found = suggestions(job(mixture(), 64, recompute=False), cluster("h100", 8))
+    assert any(f.mesh.experts > 1 for f in found)
+    assert all(m.experts == 1 for m in meshes(job(llama("8b"), 64), cluster("h100", 8)))
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "said"),
+    [
+        (llama("8b"), Mesh(8, experts=2), "parallel.experts (2): the model has no experts"),
+        (mixture(), Mesh(8, experts=3), "parallel.experts (3) does not divide the 8 ranks"),
+        (mixture(6), Mesh(8, experts=4), "parallel.experts (4) does not divide the model's 6 experts"),
+        (mixture(), Mesh(64, "hybrid", replicas=32, experts=4), "(4) does not divide the 2 ranks that share a model"),
+        (mixture(), Mesh(8, tensor=2), "experts are not split by width"),
+    ],
+)
+def test_experts_that_can_t_be_shared_out(model: GPTConfig, mesh: Mesh, said: str) -> None:
+    told = objection(job(model, 64), mesh)
+    assert told is not None and said in told
 
 
 def test_messages_between_nodes_are_slower() -> None:

@@ -352,13 +352,14 @@ def _written(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ParamCount:
-    """Parameters of a model, and of those: of its embeddings (with an untied head), of its blocks' matrices, and the
-    ones that a token meets: all but the experts it is not sent to."""
+    """Parameters of a model, and of those: of its embeddings (with an untied head), of its blocks' matrices, the ones
+    that a token meets, which are all but the experts it is not sent to, and those of the experts it may be sent to."""
 
     total: int
     embedding: int
     hidden: int
     active: int
+    experts: int
 
 
 def count_params(config: GPTConfig) -> ParamCount:
@@ -375,16 +376,17 @@ def count_params(config: GPTConfig) -> ParamCount:
     mlp, mlp_vectors = _count_mlp(config)
     embedding = (config.vocab_size or 0) * D * (1 if config.tie_embeddings else 2)
     embedding += config.max_seq_len * D * (config.positions == "learned")
-    n_dense, unused, routers = config.n_layers - config.n_expert_layers, 0, 0
+    n_dense, routed, unused, routers = config.n_layers - config.n_expert_layers, 0, 0, 0
     hidden = config.n_layers * attention + n_dense * mlp
     if (experts := config.experts) is not None:
         every_expert = 3 * D * (experts.n * experts.d_ff + (experts.shared_d_ff or 0))
         hidden += config.n_expert_layers * every_expert
         routers = config.n_expert_layers * D * (experts.n + (experts.shared_d_ff is not None))
-        unused = config.n_expert_layers * 3 * D * experts.d_ff * (experts.n - experts.n_active)
+        routed = config.n_expert_layers * 3 * D * experts.d_ff * experts.n
+        unused = routed // experts.n * (experts.n - experts.n_active)
     vectors = config.n_layers * (attention_vectors + 2 * norm) + n_dense * mlp_vectors + norm
     total = hidden + routers + vectors + embedding
-    return ParamCount(total, embedding, hidden, total - unused)
+    return ParamCount(total, embedding, hidden, total - unused, routed)
 
 
 def _count_mlp(config: GPTConfig) -> tuple[int, int]:

@@ -79,7 +79,7 @@ def top_k(p_NE: Tensor, k: int) -> Tensor:
     return torch.sort(p_NE.detach(), dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-class _Dispatch(torch.autograd.Function):
+class Dispatch(torch.autograd.Function):
     """x[tokens]: a token's state once for each of its visits. The gradient is gathered and added up in a fixed order.
 
     That of PyTorch's indexing adds in whatever order its threads come.
@@ -126,6 +126,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Experts(nn.ModuleList):
+    """A layer's experts, which compute all visits of one call."""
+
+    def forward(self, x_SD: Tensor, sizes: list[int]) -> Tensor:
+        """What they make of the states, [S, D].
+
+        Args:
+            x_SD: sorted by expert.
+            sizes: how many visits each gets.
+        """
+        # An expert that no token visits is not called: its weights then have no gradient at all.
+        visits = zip(self, x_SD.split(sizes), sizes, strict=True)
+        computed = [expert(x) for expert, x, size in visits if size]
+        return torch.cat(computed) if computed else x_SD.clone()
+
+
 class MoE(nn.Module):
     """sum over a token's experts of weight * expert(x), and sigmoid(x . g) * shared_expert(x) if there is a shared one.
 
@@ -144,12 +160,14 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = nn.Linear(d_model, config.n, bias=False)
-        self.experts = nn.ModuleList(mlp(config.d_ff) for _ in range(config.n))
+        self.experts = Experts(mlp(config.d_ff) for _ in range(config.n))
         if config.shared_d_ff is not None:
             self.shared_expert = mlp(config.shared_d_ff)
             self.shared_expert_gate = nn.Linear(d_model, 1, bias=False)
         # No buffer: a cast of the module to bf16 would round it, and `to_empty` would leave it without a value.
         self.load_E: Tensor | None = None
+        self.exchange: Callable[[Experts, Tensor, Tensor], Tensor] | None = None
+        """Where other processes hold some of the experts: `exchange.Exchange`."""
 
     def set_load(self, counts_E: Tensor) -> None:
         """Takes the step's visits to each expert: their shares are the constants f of the next step's balance term."""
@@ -182,10 +200,12 @@ class MoE(nn.Module):
         order_S = expert_S.argsort(stable=True)
         visit_NK = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         visit_NK = visit_NK.view_as(chosen_NK)
-        x_SD = _Dispatch.apply(x_ND, order_S // self.config.n_active, visit_NK)
-        sizes = torch.bincount(expert_S, minlength=self.config.n).tolist()
-        # An expert that no token visits is not called: its weights then have no gradient at all.
-        visits = zip(self.experts, x_SD.split(sizes), sizes, strict=True)
-        y_SD = torch.cat([expert(x) for expert, x, size in visits if size])
+        x_SD = Dispatch.apply(x_ND, order_S // self.config.n_active, visit_NK)
+        sizes_E = torch.bincount(expert_S, minlength=self.config.n)
+        y_SD = (
+            self.experts(x_SD, sizes_E.tolist())
+            if self.exchange is None
+            else self.exchange(self.experts, x_SD, sizes_E)
+        )
         out_ND: Tensor = _Combine.apply(y_SD, weight_NK, visit_NK, order_S)
         return out_ND

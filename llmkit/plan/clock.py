@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llmkit.model.config import GPTConfig, count_params
 from llmkit.plan.cost import BYTES, attention_flops_per_token
 from llmkit.plan.job import Job, Net, Pass
-from llmkit.plan.mesh import Cluster, Mesh, params_of
+from llmkit.plan.mesh import Cluster, Mesh, params_of, share_of
 
 _MEMORY, _LINK, _NETWORK = 0.8, 0.75, 0.8  # of the data sheets' bandwidths
 _OVERLAP = 0.85  # of messages that may travel beside products: they take units and memory from them
@@ -89,7 +89,8 @@ class Clock:
         model, width, t = p.net.model, BYTES[p.net.precision], self.mesh.tensor
         matrices = sum(n * self._product(rows, K, N, width) for K, N, n in products(model, t))
         if (experts := model.experts) is not None:  # every expert's weights are read, however few tokens it gets
-            matrices += 3 * model.d_model * experts.d_ff * experts.n * width / self.memory / t
+            here = experts.n / (self.mesh.experts if p.kind == "train" else 1)
+            matrices += 3 * model.d_model * experts.d_ff * here * width / self.memory / t
         attention = rows * attention_flops_per_token(model, p.seq_len) / 3 / t / self.attention
         if self.mesh.context > 1 and p.kind == "train" and not self.job.recompute:
             attention *= 4 / 3  # ranks that share rows compute it again in the backward pass
@@ -133,16 +134,17 @@ class Clock:
         read = (count.active * width + cache) / self.memory
         work = 2 * count.active * max(1.0, at_once) / self.product
         token = max(read, work, model.n_layers * 20 * _LAUNCH_S)
-        copied = sum(other.cost.n_params * BYTES[other.precision] for other in self.job.trained)
-        whole = copied * (1 - 1 / (self.mesh.shards * self.mesh.tensor))
+        whole = sum(
+            other.cost.n_params * BYTES[other.precision] * (1 - share_of(other, self.mesh))
+            for other in self.job.trained
+        )
         self._send("whole copies for answers", whole)
-        return rounds * p.new_tokens * token, whole / self._rate(self.mesh.shards * self.mesh.tensor, 1)
+        return rounds * p.new_tokens * token, whole / self._rate(self.mesh.members, 1)
 
     def _update(self, net: Net) -> float:
         """The optimizer reads and writes its rank's share; Muon's products are shared out too."""
-        parts = self.mesh.shards * self.mesh.tensor
-        share = net.cost.n_trained_params / parts
-        seconds = share * 34 / self.memory
+        parts = self.mesh.members
+        seconds = share_of(net, self.mesh) * net.cost.n_trained_params * 34 / self.memory
         if self.job.optimizer == "muon":
             D, whole = net.model.d_model, count_params(net.model).hidden
             seconds += 5 * 6 * whole * D / self.product / parts
@@ -169,6 +171,14 @@ class Clock:
         members = max(1, self.cluster.per_node // apart)
         return 1e9 * min(inside, _NETWORK * self.cluster.network_gb_per_s * members)
 
+    def _swap(self, n_bytes: float) -> float:
+        """Seconds in which a rank sends so many bytes to the others of its experts, as many to each: what leaves the node
+        goes over its own adapter."""
+        n, inside = self.mesh.experts, self.cluster.per_node
+        far = max(0, n - inside) / (n - 1)
+        within = (1 - far) * n_bytes / (1e9 * _LINK * self.cluster.gpu.link_gb_per_s)
+        return max(within, far * n_bytes / (1e9 * _NETWORK * self.cluster.network_gb_per_s))
+
     def _send(self, why: str, n_bytes: float) -> None:
         if n_bytes:
             self.sent[why] = self.sent.get(why, 0.0) + n_bytes
@@ -187,22 +197,37 @@ class Clock:
             n_bytes = net.model.n_layers * rows * kept * (c - 1) * 3
             self._send("keys and values", n_bytes * n_micro)
             seconds += n_bytes / self._rate(c, t) + net.model.n_layers * 2 * _HOP_S
+        if (e := self.mesh.experts) > 1 and (experts := net.model.experts) is not None:
+            # States to the experts and back, and their gradients; nothing computes meanwhile.
+            each = rows * experts.n_active * net.model.d_model * width * (e - 1) / e
+            n_bytes = net.model.n_expert_layers * each * (4 + 2 * self.job.recompute)
+            self._send("visits of experts", n_bytes * n_micro)
+            seconds += self._swap(n_bytes) + net.model.n_expert_layers * 4 * _HOP_S
         if shards > 1:
             trained = net.cost.n_trained_params / net.cost.n_params
+            rest, own = params_of(net, self.mesh)
+            same = max(1, shards // e)  # ranks with the same experts share these
             # Weights twice, fp32 gradients once.
-            n_bytes = params_of(net, t) * (shards - 1) / shards * (2 * width + 4 * trained)
-            self._send("sharded weights and gradients", n_bytes * n_micro)
+            rest_bytes, own_bytes = (
+                params * (n - 1) / n * (2 * width + 4 * trained) for params, n in ((rest, shards), (own, same))
+            )
+            self._send("sharded weights and gradients", (rest_bytes + own_bytes) * n_micro)
             hops = max(1, shards * t // self.cluster.per_node) * _HOP_S
-            travelling = n_bytes / self._rate(shards, t) + net.model.n_layers * 3 * hops
+            travelling = rest_bytes / self._rate(shards, t) + own_bytes / self._rate(same, t * e)
+            travelling += net.model.n_layers * 3 * hops
             seconds += max(travelling - _OVERLAP * compute, travelling / net.model.n_layers)
         return seconds
 
     def _sum_up(self, net: Net) -> float:
         """Seconds in which copies of the state add up their gradients: after the last backward pass, hidden by nothing."""
-        copies = self.mesh.copies
+        mesh, copies = self.mesh, self.mesh.copies
         if copies == 1:
             return 0.0
-        share = params_of(net, self.mesh.tensor) / net.cost.n_params / self.mesh.shards
-        n_bytes = 2 * net.cost.gradient_bytes * share * (copies - 1) / copies
-        self._send("gradients of copies", n_bytes)
-        return n_bytes / self._rate(copies, self.mesh.shards * self.mesh.tensor)
+        rest, own = (n / net.cost.n_params * 2 * net.cost.gradient_bytes for n in params_of(net, mesh))
+        rest, same = rest / mesh.shards, max(mesh.shards, mesh.experts)
+        own, owners = own * mesh.experts / same, mesh.world // mesh.tensor // same
+        rest_bytes, own_bytes = rest * (copies - 1) / copies, own * (owners - 1) / owners
+        self._send("gradients of copies", rest_bytes + own_bytes)
+        return rest_bytes / self._rate(copies, mesh.shards * mesh.tensor) + own_bytes / self._rate(
+            owners, same * mesh.tensor
+        )

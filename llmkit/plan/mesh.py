@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llmkit.model.config import GPTConfig
+from llmkit.model.config import GPTConfig, count_params
 from llmkit.plan.cost import BYTES, activation_bytes
 from llmkit.plan.gpus import Gpu
 from llmkit.plan.job import Job, Net
@@ -39,8 +39,8 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Which ranks hold what: `tensor` ranks split every matrix, `shards` groups of those split weights and optimizer, and
-    `context` of them the positions of a row."""
+    """Which ranks hold what: `tensor` ranks split every matrix, `shards` groups of those split weights and optimizer,
+    `context` of them the positions of a row, and `experts` of them every layer's experts."""
 
     world: int
     shard: Shard = "none"
@@ -48,6 +48,7 @@ class Mesh:
     replicas: int = 1
     """hybrid: groups of ranks that each hold everything."""
     context: int = 1
+    experts: int = 1
 
     @property
     def data(self) -> int:
@@ -65,27 +66,42 @@ class Mesh:
         """How often the whole state is held."""
         return self.world // self.tensor // self.shards
 
+    @property
+    def members(self) -> int:
+        """Ranks that hold one whole model together."""
+        return max(self.shards * self.tensor, self.experts)
+
     def __str__(self) -> str:
         said = [f"parallel.shard={self.shard}"]
         said += [f"parallel.replicas={self.replicas}"] if self.shard == "hybrid" else []
         said += [f"parallel.tensor={self.tensor}"] if self.tensor > 1 else []
         said += [f"parallel.context={self.context}"] if self.context > 1 else []
+        said += [f"parallel.experts={self.experts}"] if self.experts > 1 else []
         return " ".join(said)
 
 
 Memory = dict[str, dict[str, float]]  # phase -> part -> bytes on one rank
 
 
-def params_of(net: Net, tensor: int) -> float:
-    """Parameters of one of `tensor` ranks, before shares: embeddings and head are whole on each."""
-    return (net.cost.n_params - net.cost.n_embedding_params) / tensor + net.cost.n_embedding_params
+def params_of(net: Net, mesh: Mesh) -> tuple[float, float]:
+    """Parameters that one rank computes with, before shares: of all but the experts, where embeddings and head are whole on
+    each, and of its experts."""
+    experts = count_params(net.model).experts
+    hidden = net.cost.n_params - net.cost.n_embedding_params - experts
+    return hidden / mesh.tensor + net.cost.n_embedding_params, experts / (mesh.tensor * mesh.experts)
+
+
+def share_of(net: Net, mesh: Mesh) -> float:
+    """What one rank keeps of a trained network: of its experts' share others with the same have shares in turn."""
+    rest, experts = params_of(net, mesh)
+    return (rest / mesh.shards + experts * mesh.experts / max(mesh.shards, mesh.experts)) / net.cost.n_params
 
 
 def state_of(net: Net, mesh: Mesh) -> dict[str, float]:
     """What one rank keeps of a network throughout, part by part, in bytes."""
     if not net.trained:  # every rank has one of its own
         return {f"{net.role}: weights": net.cost.weight_bytes}
-    share = params_of(net, mesh.tensor) / net.cost.n_params / mesh.shards
+    share = share_of(net, mesh)
     rest = net.cost.state_bytes - net.cost.weight_bytes - net.cost.gradient_bytes
     weights = net.cost.weight_bytes
     if mesh.shards > 1 and BYTES[net.precision] < 4:
@@ -103,7 +119,8 @@ def gathered_bytes(net: Net, mesh: Mesh) -> float:
     if mesh.shards == 1:
         return 0.0
     width = BYTES[net.precision]
-    block = (net.cost.n_params - net.cost.n_embedding_params) / net.model.n_layers / mesh.tensor
+    rest, experts = params_of(net, mesh)
+    block = (rest - net.cost.n_embedding_params + experts) / net.model.n_layers
     gradient = 4 * block * net.cost.n_trained_params / net.cost.n_params  # it goes out in fp32
     return 2 * block * width + gradient + net.cost.n_embedding_params * width
 
@@ -124,8 +141,7 @@ def memory_of(job: Job, mesh: Mesh) -> Memory:
     update = {"activations": _HOLES * activations, "whole weights for a moment": whole}
     phases: Memory = {"update": {**held, **update}}
     for written in (p for p in job.passes if p.kind == "write"):
-        spread = mesh.shards * mesh.tensor > 1
-        copied = sum(net.cost.n_params * BYTES[net.precision] for net in job.trained) if spread else 0.0
+        copied = sum(net.cost.n_params * BYTES[net.precision] for net in job.trained) if mesh.members > 1 else 0.0
         phases["answers"] = {**held, "whole copy": copied, "cache": float(job.cache_bytes(written))}
     return phases
 
@@ -151,7 +167,9 @@ def objection(job: Job, mesh: Mesh) -> str | None:
         return f"parallel.tensor ({mesh.tensor}) does not divide the {mesh.world} GPUs"
     if mesh.context > 1 and (why := _uncut(job, mesh)):
         return why
-    if mesh.shards * mesh.tensor > 1 and job.packed:
+    if mesh.experts > 1 and (why := _unshared(job, mesh)):
+        return why
+    if mesh.members > 1 and job.packed:
         return f"{mesh}: a base in 4 bits is not cut up: drop lora.quantize"
     for net in job.trained:
         if mesh.tensor > 1 and net.model.experts is not None:
@@ -181,8 +199,29 @@ def _uncut(job: Job, mesh: Mesh) -> str | None:
     return None
 
 
+def _unshared(job: Job, mesh: Mesh) -> str | None:
+    """Why a layer's experts can't be held together by so many ranks."""
+    n, ranks = mesh.experts, mesh.world // mesh.tensor
+    if ranks % n:
+        return f"parallel.experts ({n}) does not divide the {ranks} ranks"
+    if mesh.shards > 1 and mesh.shards % n:
+        return f"parallel.experts ({n}) does not divide the {mesh.shards} ranks that share a model"
+    counts = {net.role: net.model.experts.n for net in job.trained if net.model.experts is not None}
+    if not counts:
+        return f"parallel.experts ({n}): the model has no experts"
+    odd = [(role, count) for role, count in counts.items() if count % n]
+    return f"parallel.experts ({n}) does not divide the {odd[0][0]}'s {odd[0][1]} experts of a layer" if odd else None
+
+
 def meshes(job: Job, cluster: Cluster) -> Iterator[Mesh]:
-    """Every mesh that makes sense: matrices are split inside a node only."""
+    """Every mesh that makes sense: matrices are split, and experts held together, inside a node only."""
+    for mesh in _without_experts(cluster):
+        yield mesh
+        if mesh.tensor == 1 and any(net.model.experts is not None for net in job.trained):
+            yield from (replace(mesh, experts=n) for n in (2, 4, 8, 16) if cluster.per_node % n == 0)
+
+
+def _without_experts(cluster: Cluster) -> Iterator[Mesh]:
     tensors = [n for n in (1, 2, 4, 8, 16) if n <= cluster.per_node and cluster.per_node % n == 0]
     for tensor in tensors:
         mesh = Mesh(cluster.world, tensor=tensor)

@@ -97,7 +97,9 @@ def _memory_lines(job: Job, mesh: Mesh, memory: Memory, cluster: Cluster) -> Ite
     n_micro = mesh.data * job.micro_rows(mesh.data)
     yield (
         f"mesh         {mesh}: {mesh.data:,} x {mesh.context * mesh.tensor} ranks, the state in "
-        f"{mesh.shards * mesh.tensor:,} parts" + (f", {mesh.copies:,} copies" if mesh.copies > 1 else "")
+        f"{mesh.shards * mesh.tensor:,} parts"
+        + (f", {mesh.copies:,} copies" if mesh.copies > 1 else "")
+        + (f"; a layer's experts on {mesh.experts} ranks together" if mesh.experts > 1 else "")
     )
     yield (
         f"step         {job.rows:,} rows of {job.row_len:,}; {job.micro_rows(mesh.data)} row(s) a forward pass on a rank, "

@@ -133,5 +133,5 @@ def plan_policy(recipe: PolicyRecipe, critic: str | None) -> Iterator[str]:
         f"{checkpoint / 1e9:.3f} GB more of main memory to save from"
     )
     yield f"checkpoint   {checkpoint / 1e9:.3f} GB each, {recipe.save.keep + recipe.save.keep_best} kept"
-    if recipe.parallel.shard == "none" and recipe.parallel.tensor == 1:
+    if recipe.parallel.shard == "none" and recipe.parallel.tensor == recipe.parallel.experts == 1:
         require_memory(replace(costs, state_bytes=held), pick_device(recipe.device))

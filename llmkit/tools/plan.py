@@ -68,7 +68,7 @@ def _here(module: Any, recipe: Any, calibration: str | None) -> None:
     from llmkit.training.jobs import wanted_mesh
 
     job, mesh = module.job(recipe), wanted_mesh(recipe, 1)
-    if recipe.parallel.shard != "none" or mesh.tensor > 1 or mesh.context > 1:
+    if recipe.parallel.shard != "none" or max(mesh.tensor, mesh.context, mesh.experts) > 1:
         print("time         the recipe spreads the model over ranks: say which: --nodes N --gpus M --gpu h100")
         return
     if pick_device(recipe.device).type != "cpu":

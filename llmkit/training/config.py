@@ -200,11 +200,19 @@ class ParallelConfig(Config):
     """Ranks that compute one row together, each with its share of heads and of the MLP's width: neighbours, of one node."""
     context: int = Field(1, ge=1)
     """Ranks that share the positions of each row, for rows that are too long for one: neighbours. pretrain, sft, distill."""
+    experts: int = Field(1, ge=1)
+    """Ranks that hold each layer's experts together, an equal number each, and send each other the tokens that visit them:
+    neighbours. Each rank reads rows of its own."""
 
     @model_validator(mode="after")
     def _sharded(self) -> ParallelConfig:
         if self.replicas is not None and self.shard != "hybrid":
             raise ValueError(f"replicas ({self.replicas}) belongs to shard: hybrid (shard is {self.shard})")
+        if self.experts > 1 and self.tensor > 1:
+            raise ValueError(
+                f"experts ({self.experts}) with tensor ({self.tensor}): experts are not split by width: drop tensor; experts "
+                "goes with shard"
+            )
         return self
 
 

@@ -51,6 +51,8 @@ class Ranks:
     """How many neighbouring ranks read the same rows, and compute some of their positions each."""
     context_group: Any = None
     """Those that do so with this one; None while `context` is 1."""
+    experts: int = 1
+    """How many neighbouring ranks hold each layer's experts together."""
 
     @property
     def is_main(self) -> bool:
@@ -237,7 +239,12 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def connect(
-    device: str, timeout_s: float = 600.0, tensor: int = 1, limits: LivenessConfig | None = None, context: int = 1
+    device: str,
+    timeout_s: float = 600.0,
+    tensor: int = 1,
+    limits: LivenessConfig | None = None,
+    context: int = 1,
+    experts: int = 1,
 ) -> Ranks:
     """Joins the process group that torchrun describes, or stays alone.
 
@@ -247,6 +254,7 @@ def connect(
         tensor: how many neighbouring processes compute each row together.
         limits: how long a process may show no sign of life; None: nobody looks.
         context: how many ranks share the positions of each row.
+        experts: how many ranks hold each layer's experts together.
 
     Raises:
         UserError: the processes can't be grouped so.
@@ -265,6 +273,11 @@ def connect(
         raise UserError(
             f"parallel.context ({context}) does not divide the {world // tensor} rank(s){together} that were started: start "
             "a multiple of it"
+        )
+    if world // tensor % experts:
+        raise UserError(
+            f"parallel.experts ({experts}) does not divide the {world // tensor} rank(s) that were started: start a multiple "
+            "of it"
         )
     if world == 1:
         return Ranks(device=picked)
@@ -298,6 +311,7 @@ def connect(
         per_node,
         context,
         context_group,
+        experts,
     )
 
 

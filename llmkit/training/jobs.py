@@ -97,11 +97,10 @@ def job_of(
 def wanted_mesh(recipe: RunConfig, world: int, n_nodes: int = 1) -> Mesh:
     """What the recipe's `parallel` means on so many ranks."""
     said = recipe.parallel
-    mesh = Mesh(world, said.shard, said.tensor, context=said.context)
+    mesh = Mesh(world, said.shard, said.tensor, context=said.context, experts=said.experts)
     return replace(mesh, replicas=said.replicas or n_nodes) if said.shard == "hybrid" else mesh
 
 
 def parts_of(recipe: RunConfig, ranks: Ranks) -> int:
-    """Into how many parts the ranks of this run cut weights, gradients and optimizer."""
-    mesh = wanted_mesh(recipe, ranks.processes, max(1, ranks.processes // ranks.per_node))
-    return mesh.shards * mesh.tensor
+    """Into how many parts at most the ranks of this run cut weights, gradients and optimizer."""
+    return wanted_mesh(recipe, ranks.processes, max(1, ranks.processes // ranks.per_node)).members

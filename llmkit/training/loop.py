@@ -80,7 +80,9 @@ def train(config: RunConfig, task: Task) -> Outcome:
     out, stop = Path(config.out), Stop()
     with stop.listening(), machine_errors(out):
         said = config.parallel
-        ranks = connect(config.device, config.liveness.stalled_s + 60, said.tensor, config.liveness, said.context)
+        ranks = connect(
+            config.device, config.liveness.stalled_s + 60, said.tensor, config.liveness, said.context, said.experts
+        )
         with ranks.watched(), contextlib.ExitStack() as held:
             # Rank 0 looks and tells: the others might look after it has written.
             looked = _look(config, out, held) if ranks.is_main else None

@@ -24,6 +24,7 @@ from llmkit.model.moe import MoE
 from llmkit.products import Linear, linear
 from llmkit.training.config import ParallelConfig, RunConfig
 from llmkit.training.dist import Ranks
+from llmkit.training.experts import check_experts, experts_mesh, same_place_group, share_experts
 
 Index = tuple[slice, ...]
 
@@ -97,9 +98,9 @@ class _RowLora(LoraLinear):
 def _refuse(module: nn.Module, config: RunConfig, ranks: Ranks) -> None:
     """Raises UserError for what can't be spread as the recipe asks, naming what could."""
     said = config.parallel
-    spread = "parallel.shard and parallel.tensor" if said.shard != "none" and said.tensor > 1 else (
-        "parallel.tensor" if said.tensor > 1 else f"parallel.shard: {said.shard}"
-    )  # fmt: skip
+    keys = [f"parallel.shard: {said.shard}"] if said.shard != "none" else []
+    keys += [f"parallel.{key}: {n}" for key, n in (("tensor", said.tensor), ("experts", said.experts)) if n > 1]
+    spread = " and ".join(keys)
     if any(layer.packed is not None for layer in adapters_of(module).values()):
         raise UserError(
             f"lora.quantize with {spread}: a base in 4 bits is not cut up: drop lora.quantize (bf16 in shares over 4 ranks "
@@ -110,10 +111,15 @@ def _refuse(module: nn.Module, config: RunConfig, ranks: Ranks) -> None:
             f"log.gradient_noise with {spread}: a rank's own gradient is never in one place: set it to false, or leave "
             "`parallel` out"
         )
+    if ranks.experts > 1:
+        check_experts(module, ranks)
     for model in _models(module):
         shape, n = model.config, ranks.tensor
         if n > 1 and shape.experts is not None:
-            raise UserError(f"parallel.tensor ({n}): experts are not split by width: use parallel.shard: full instead")
+            raise UserError(
+                f"parallel.tensor ({n}): experts are not split by width: use parallel.experts, parallel.shard: full or both "
+                "instead"
+            )
         widths = {"n_heads": shape.n_heads, "n_kv_heads": shape.kv_heads, "d_ff": shape.width_of_mlp}
         for name, width in widths.items():
             if width % n:
@@ -179,14 +185,14 @@ def _share_rows(module: nn.Module, ranks: Ranks) -> tuple[dict[str, int], set[st
 # --- weights in shares -----------------------------------------------------------------------------------------------
 
 
-def _mesh(config: ParallelConfig, ranks: Ranks) -> tuple[Any, int, int]:
-    """The DeviceMesh over which FSDP2 shares weights, how many shares there are, and which is this process's."""
+def _mesh(config: ParallelConfig, ranks: Ranks) -> tuple[Any, int]:
+    """The DeviceMesh over which FSDP2 shares weights, and how many shares there are."""
     from torch.distributed.device_mesh import init_device_mesh
 
     kind = ranks.device.type
     if config.shard == "full":
         mesh = init_device_mesh(kind, (ranks.world,)) if ranks.mesh is None else ranks.mesh["data"]
-        return mesh, ranks.world, ranks.rank
+        return mesh, ranks.world
     replicas = config.replicas or max(1, ranks.processes // ranks.per_node)
     if ranks.world % replicas:
         raise UserError(
@@ -195,18 +201,22 @@ def _mesh(config: ParallelConfig, ranks: Ranks) -> tuple[Any, int, int]:
     shares = ranks.world // replicas
     names = ("replicate", "shard", "tensor")
     whole = init_device_mesh(kind, (replicas, shares, ranks.tensor), mesh_dim_names=names)
-    return whole["replicate", "shard"], shares, ranks.rank % shares
+    return whole["replicate", "shard"], shares
 
 
-def _shard(model: GPT | SequenceClassifier, mesh: Any, dtype: torch.dtype, wide: torch.dtype) -> None:
+def _shard(model: GPT | SequenceClassifier, mesh: Any, experts: Any, dtype: torch.dtype, wide: torch.dtype) -> None:
     """Shares a network's weights: those of a block are put together just before it computes, those around the blocks for
-    a whole step, since the loss takes the head's matrix itself."""
+    a whole step, since the loss takes the head's matrix itself. `experts`: the mesh of the experts that this rank holds,
+    where others hold the rest; None: they are as the other weights."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     # Angles of rotary positions are inputs of a block, and must stay in fp32 (B59).
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if dtype != wide:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    for mixture in (m for m in model.modules() if isinstance(m, MoE) and experts is not None):
+        absent = {p for p in mixture.experts.parameters() if not p.numel()}
+        fully_shard(mixture.experts, mesh=experts, mp_policy=policy, ignored_params=absent)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -255,36 +265,48 @@ class Split:
         self.sharded: set[str] = set()
         """Parameters whose gradients FSDP2 adds up over ranks."""
         cut, self.partial = _share_rows(module, ranks) if ranks.tensor > 1 else ({}, set())
+        self.owners = share_experts(module, ranks) if ranks.experts > 1 else {}
+        """Experts' parameters: the place of the ranks that hold them."""
         module.to(device=ranks.device)
         self._models: list[Any] = []
-        shares, share = 1, 0
+        shares = 1
         if config.parallel.shard != "none":
-            mesh, shares, share = _mesh(config.parallel, ranks)
+            mesh, shares = _mesh(config.parallel, ranks)
+            experts = experts_mesh(ranks, shares) if self.owners else None
             names = {id(p): n for n, p in module.named_parameters()}
             for model in _models(module):
                 self.sharded |= {names[id(p)] for p in model.parameters()}
                 for p in model.parameters():  # what is frozen is no master, and stays as it was rounded
                     p.data = p.data.to(wide if p.requires_grad else dtype)
-                _shard(model, mesh, dtype, wide)
+                _shard(model, mesh, experts, dtype, wide)
                 self._models.append(model)
         if config.compile:  # block by block: weights are put together, and sums made, between what is compiled
             for block in (m for m in module.modules() if isinstance(m, Block)):
                 block.compile()
-        self.size = shares * ranks.tensor
+        self.size = max(shares * ranks.tensor, ranks.experts)
         """Processes that hold one whole model together; they are neighbours."""
-        self.member = share * ranks.tensor + ranks.place
+        self.member = ranks.process % self.size
         self.replica_number = ranks.process // self.size
         self.group = _group(self.size, ranks)
+        self._same_place = same_place_group(ranks) if self.owners and not self.sharded else None
         self.pieces = {
-            name: [
-                _index(shape, cut.get(name), ranks.tensor, place, shares if name in self.sharded else 1, s)
-                for s, place in itertools.product(range(shares), range(ranks.tensor))
-            ]
-            for name, shape in self.shapes.items()
+            name: [self._piece(name, cut.get(name), shares if name in self.sharded else 1, m) for m in range(self.size)]
+            for name in self.shapes
         }
         for name, p in module.named_parameters():
             held = local(p)
             assert held.shape == torch.empty(self.shapes[name], device="meta")[self.index(name)].shape, name
+
+    def _piece(self, name: str, dim: int | None, shares: int, member: int) -> Index:
+        """What a member of those that hold one model has of a parameter that is cut along `dim` and in shares."""
+        shape = self.shapes[name]
+        if name not in self.owners:
+            share, place = divmod(member, self.ranks.tensor)
+            return _index(shape, dim, self.ranks.tensor, place, shares, share)
+        share, place = divmod(member, self.ranks.experts)
+        if place != self.owners[name]:
+            return tuple(slice(0, 0 if i == 0 else n) for i, n in enumerate(shape))
+        return _index(shape, None, 1, 0, shares // self.ranks.experts, share)
 
     def index(self, name: str) -> Index:
         """Which part of a whole parameter this process holds."""
@@ -299,8 +321,16 @@ class Split:
 
     def sum_gradients(self, flat: Tensor, grads: dict[str, Tensor]) -> None:
         """Adds gradients up over the ranks, in place, where that was not done in the backward pass."""
-        if not self.sharded:
+        if not self.sharded and not self.owners:
             self.ranks.sum_(flat)
+        elif not self.sharded:  # runs of experts hold the tokens of all N already: only ranks with the same add them up
+            kinds = [(held, list(run)) for held, run in itertools.groupby(grads, self.owners.__contains__)]
+            sizes = [sum(grads[name].numel() for name in run) for _, run in kinds]
+            for (held, _), part in zip(kinds, flat.split(sizes), strict=True):
+                if not held:
+                    self.ranks.sum_(part)
+                elif part.numel():
+                    dist.all_reduce(part, group=self._same_place)
         for name, grad in grads.items():
             if self.sharded and name not in self.sharded:
                 self.ranks.sum_(grad)
@@ -423,4 +453,4 @@ def fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def is_spread(config: ParallelConfig, ranks: Ranks) -> bool:
     """Whether a process holds less than the whole model: one process alone always holds all of it."""
-    return ranks.tensor > 1 or (config.shard != "none" and ranks.processes > 1)
+    return ranks.tensor > 1 or ranks.experts > 1 or (config.shard != "none" and ranks.processes > 1)

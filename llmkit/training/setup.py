@@ -403,5 +403,5 @@ def plan(recipe: ModelRecipe, network: Network = GPT, config: GPTConfig | None =
         "main memory to save from"
     )
     yield f"checkpoint   {costs.checkpoint_bytes / 1e9:.3f} GB each, {recipe.save.keep + recipe.save.keep_best} kept"
-    if recipe.parallel.shard == "none" and recipe.parallel.tensor == 1:
+    if recipe.parallel.shard == "none" and recipe.parallel.tensor == recipe.parallel.experts == 1:
         require_memory(costs, pick_device(recipe.device))

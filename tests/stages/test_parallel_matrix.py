@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from posttraining import STAGES, tiny_stage, tiny_world
+from posttraining import ONLINE, STAGES, tiny_stage, tiny_world
 from reliability import read_jsonl, tiny_recipe, train
 
 from llmkit.storage import newest_good
@@ -27,6 +27,12 @@ SPREADS: dict[str, tuple[int, dict[str, Any]]] = {
     "context: 2": (2, {"context": 2}),
     "shares of context": (4, {"shard": "full", "context": 2}),
 }
+OF_EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "experts: 2": (2, {"experts": 2}),
+    "shares of experts": (4, {"shard": "full", "experts": 2}),
+    "groups of experts": (4, {"shard": "hybrid", "replicas": 2, "experts": 2}),
+}
+MIXTURE = {"qk_norm": True, "experts": {"n": 4, "n_active": 2, "d_ff": 16}}
 SHARES_POSITIONS = ("pretrain", "sft", "distill")  # the others refuse `context`: see tests/training/test_context.py
 # Heads lie in several processes: their scores can't be compared there, and are refused.
 DORA = {"r": 2, "alpha": 8, "dora": True}
@@ -37,6 +43,12 @@ GIVEN = {**TOGETHER, "on_policy_frac": 0.0}  # rows are cut that are the same fo
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_world(tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of models with experts."""
+    return tiny_world(tmp_path_factory.mktemp("crowd"), **MIXTURE)
 
 
 def _child(process: int, world: int, recipe: str, port: int) -> None:
@@ -58,7 +70,8 @@ def on_processes(world: int, recipe: Path) -> None:
 
 def recipe_of(folder: Path, stage: str, out: str, **changes: Any) -> Path:
     if stage == "pretrain":  # without dropout, which every rank draws for its own rows
-        return tiny_recipe(folder, out=str(folder / out), model={"dropout": 0.0}, batch={"micro_tokens": 64}, **changes)
+        model = {"dropout": 0.0, **changes.pop("model", {})}
+        return tiny_recipe(folder, out=str(folder / out), model=model, batch={"micro_tokens": 64}, **changes)
     return tiny_stage(folder, stage, out, **changes)
 
 
@@ -67,7 +80,7 @@ def compare(folder: Path, stage: str, spread: str, **more: Any) -> float:
 
     `more`: of the recipe, under the first key's name.
     """
-    n, parallel = SPREADS[spread]
+    n, parallel = (SPREADS | OF_EXPERTS)[spread]
     changes = {"precision": "fp64", "steps": STEPS, **more}
     named = "-".join([stage, *more])
     alone, apart = f"{named}-alone", f"{named}-{spread}".replace(": ", "-")
@@ -107,6 +120,22 @@ def test_a_student_of_shared_rows(world: Path) -> None:
 def test_a_policy_in_shares(world: Path) -> None:
     """Rollouts on a gathered copy, unequal numbers of micro-batches, a critic beside the policy, saves within a rollout."""
     assert compare(world, "ppo", "shard: full") <= 1e-9
+
+
+def test_a_policy_that_shares_its_experts(crowd: Path) -> None:
+    """And a critic that does; answers are written by a gathered copy, with all experts."""
+    assert compare(crowd, "ppo", "shares of experts") <= 1e-9
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("stage", ["pretrain", *STAGES])
+def test_experts(crowd: Path, stage: str) -> None:
+    more: dict[str, Any] = {}
+    if stage not in ONLINE:  # every rank has rows of its own: 4 of them share 8
+        more = {"model": MIXTURE} if stage == "pretrain" else {"batch": {"examples_per_step": 8}}
+    found = {spread: compare(crowd, stage, spread, **more) for spread in OF_EXPERTS}
+    print("\n| " + " | ".join([f"{stage}, experts", *(f"{worst:.0e}" for worst in found.values())]) + " |")
+    assert max(found.values()) <= 1e-9
 
 
 @pytest.mark.campaign
@@ -163,15 +192,27 @@ def test_other_processes_go_on(world: Path, stage: str, two: str, four: str) -> 
 )
 def test_resume_is_exact(world: Path, stage: str, more: dict[str, Any]) -> None:
     """A run in shares that was stopped and started again on as many processes is, to the bit, one that never was."""
-    changes: dict[str, Any] = {"precision": "fp64", "steps": STEPS, "parallel": {"shard": "full", "tensor": 2}, **more}
+    assert resumed(world, stage, {"shard": "full", "tensor": 2}, more) > (1 if more else 4)
+
+
+@pytest.mark.campaign
+def test_resume_with_experts_is_exact(crowd: Path) -> None:
+    """The same of a policy and a critic whose experts lie on several ranks, stopped within a rollout."""
+    assert resumed(crowd, "ppo", {"shard": "full", "experts": 2}, {}) > 4
+
+
+def resumed(folder: Path, stage: str, parallel: dict[str, Any], more: dict[str, Any]) -> int:
+    """Trains on 4 processes, at once and with a stop; how many files of tensors are the same to the bit, which all must
+    be."""
+    changes: dict[str, Any] = {"precision": "fp64", "steps": STEPS, "parallel": parallel, **more}
     whole, parts = ("-".join([stage, *more, kind]) for kind in ("whole", "parts"))
-    on_processes(4, recipe_of(world, stage, whole, **changes))
+    on_processes(4, recipe_of(folder, stage, whole, **changes))
     for stop in (4, STEPS):
-        on_processes(4, recipe_of(world, stage, parts, stop_at=stop, **changes))
-    one, two = (newest_good(world / run)[0] for run in (whole, parts))
+        on_processes(4, recipe_of(folder, stage, parts, stop_at=stop, **changes))
+    one, two = (newest_good(folder / run)[0] for run in (whole, parts))
     assert one is not None and two is not None
     names = sorted(p.relative_to(one).as_posix() for p in one.rglob("*.safetensors"))
-    assert len(names) > (1 if more else 4)
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    assert (world / whole / "metrics.jsonl").read_bytes() == (world / parts / "metrics.jsonl").read_bytes()
+    assert (folder / whole / "metrics.jsonl").read_bytes() == (folder / parts / "metrics.jsonl").read_bytes()
+    return len(names)

@@ -131,7 +131,7 @@ def _child(process: int, world: int, ports: list[int], jobs: list[Job], folder: 
         place = {"RANK": process, "WORLD_SIZE": world, "LOCAL_RANK": process, "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({k: str(v) for k, v in {**place, "MASTER_PORT": port}.items()})
         said = ParallelConfig(**job.parallel)
-        ranks = connect("cpu", timeout_s=60, tensor=said.tensor, context=said.context)
+        ranks = connect("cpu", timeout_s=60, tensor=said.tensor, context=said.context, experts=said.experts)
         run(ranks, job, folder)
         ranks.close()
 
@@ -161,6 +161,8 @@ JOBS = {
     4: [
         Job("four", {"context": 4}, rows=ONE_TEXT),
         Job("shares", {"context": 2, "shard": "hybrid", "replicas": 2}),
+        Job("visits", {"context": 2, "experts": 2}, EXPERTS, recompute=True),
+        Job("visits far", {"context": 2, "experts": 4, "shard": "full"}, EXPERTS),
         Job("heads", {"context": 2, "tensor": 2}, rows=ONE_TEXT),
         Job("resumed", {"context": 2, "shard": "full"}, start="documents"),
     ],

@@ -54,13 +54,14 @@ class Job:
     optim: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     compile: bool = False
+    recompute: bool = False
     breaks: bool = False
     """The last process can't write its files."""
 
 
 def model_of(job: Job) -> GPT:
     """The network, with adapters that already do something."""
-    model = tiny_gpt(**job.shape)
+    model = tiny_gpt(activation_checkpointing=job.recompute, **job.shape)
     if job.lora is not None:
         apply_lora(model, LoraConfig(**job.lora), 7, Base("base", "hash"))
         generator = torch.Generator().manual_seed(1)
@@ -92,7 +93,7 @@ def run(ranks: Ranks, job: Job, folder: Path) -> None:
     )
     sums = held_out(engine, ctx, held, LOSS, None)
     assert sums is not None
-    told["valid"] = sums.mean("loss")
+    told["valid"], told["held"] = sums.mean("loss"), engine.flat_grad.numel()
     if job.breaks:
         with pytest.raises(MachineError, match="checkpoint"):
             save(engine, ranks, team, folder / job.name, breaks=ranks.process == ranks.processes - 1)
@@ -132,7 +133,8 @@ def _child(process: int, world: int, ports: list[int], jobs: list[Job], folder: 
     for port, job in zip(ports, jobs, strict=True):
         place = {"RANK": process, "WORLD_SIZE": world, "LOCAL_RANK": process, "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({k: str(v) for k, v in {**place, "MASTER_PORT": port}.items()})
-        ranks = connect("cpu", timeout_s=60, tensor=job.parallel.get("tensor", 1))
+        said = ParallelConfig(**job.parallel)
+        ranks = connect("cpu", timeout_s=60, tensor=said.tensor, experts=said.experts)
         run(ranks, job, folder)
         ranks.close()
 
