@@ -106,10 +106,10 @@ def small_pipeline(pipeline: dict[str, Any]) -> None:
     """What a pipeline itself sets, made small in place; the rest its recipes say."""
     for node in pipeline["nodes"].values():
         changes = node.get("set", {})
-        changes |= {k: v for k, v in (("steps", 2), ("optim.steps", 2)) if k in changes}
-        changes |= {k: v for k, v in (("limit", 8), ("max_new_tokens", 8), ("repeats", 1)) if k in changes}
-        if "eval.every" in changes:
-            changes["eval.every"] = 2
+        few = {"steps": 2, "eval.every": 2, "limit": 8, "max_new_tokens": 24, "repeats": 1}
+        changes |= {key: value for key, value in few.items() if key in changes}
+        if "sft" in node.get("recipe", ""):  # enough to end an answer now and then, since its answers are ranked
+            changes |= {"steps": 24, "eval.every": 24}
         if "rollout" in changes:
             changes["rollout"] = {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 4}
             changes["update"] = {"minibatches": 1, "epochs": 1}
