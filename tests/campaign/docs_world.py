@@ -143,7 +143,8 @@ def make_mine(at: Path) -> None:
     block = re.search(r"^```yaml\n(.*?)^```", (ROOT / "docs/quickstart.md").read_text("utf-8"), re.S | re.M)
     assert block is not None
     mine = small(yaml.safe_load(block.group(1)))
-    mine |= {"tokenizer": {"kind": "bpe", "vocab_size": 300}, "steps": 5, "save": {"every": 1, "keep": 5}}
+    mine |= {"tokenizer": {"kind": "bpe", "vocab_size": 300}, "optim": {"ema_decay": 0.9}}
+    mine |= {"steps": 5, "save": {"every": 1, "keep": 5}}
     (at / "mine.yaml").write_text(yaml.safe_dump(mine), "utf-8")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,12 +31,20 @@ PAGES = sorted({c.page for c in COMMANDS})
 MANY = 12  # a page with more commands is run section by section: none needs what another section made
 # Longest first, so that no process is left alone with a long one.
 PARTS = Counter((c.page, c.section if sum(d.page == c.page for d in COMMANDS) > MANY else "") for c in COMMANDS)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 READMES = ("README.md", "README.zh-CN.md")  # their blocks use loops and pipes, so a shell runs them as they are
 STANDS = {
     "MODEL": "runs/demo/sft", "STUDENT": "runs/demo/distill", "RECIPE": "configs/pretrain/demo.yaml", "K": "secret",
     "RUN": "runs/demo/sft", "CHECKPOINT": "runs/mine", "PIPELINE": "configs/demo/pipeline.yaml",
     "ADAPTER": "runs/demo/sft_lora", "--nproc-per-node=8": "--nproc-per-node=1",
-    "--master-addr=10.0.0.1": "--master-addr=127.0.0.1",
+    "--master-addr=10.0.0.1": "--master-addr=127.0.0.1", "--master-port=29500": f"--master-port={free_port()}",
 }  # fmt: skip
 SCRIPTS = {
     "scripts/worked_examples.py": ["--plot", "milk-tea.png"],
