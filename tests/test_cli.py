@@ -287,6 +287,10 @@ def test_a_draft_changes_no_greedy_text(run: Path, capsys: pytest.CaptureFixture
     assert code == 0 and out == plain and n_taken == n_drafted > 8
     code, out, _ = said(capsys, *greedy, "--draft", str(run), "--n", "2", "--temperature", "1")
     assert code == 0 and out.startswith("--- 1 of 2\n") and "\n--- 2 of 2\n" in out
+    code, _, err = said(capsys, *greedy, "--draft-tokens", "2")
+    assert code == 2 and "give --draft" in err
+    code, out, _ = said(capsys, *greedy, "--draft", str(run), "--draft-tokens", "2")
+    assert code == 0 and out == plain
     code, _, err = said(capsys, *greedy, "--draft", str(run), "--beams", "2")
     assert code == 2 and "drop --draft" in err
 

@@ -33,6 +33,7 @@ class Command:
     """One command as a page shows it."""
 
     page: str
+    section: str
     line: int
     text: str
 
@@ -81,12 +82,14 @@ def program(part: str) -> str:
 
 def commands(page: Path) -> list[Command]:
     found = []
+    lines = page.read_text("utf-8").splitlines()
     for number, line in shell_lines(page):
+        section = next((text for text in reversed(lines[:number]) if text.startswith("## ")), "")
         for part in re.split(r"\s(?:&&|\|)\s", line):
             name = program(part)
             if name in PROGRAMS and not part.startswith("llmkit/"):
                 text = part[part.index(name) :].strip()
-                found.append(Command(str(page.relative_to(ROOT)), number, text))
+                found.append(Command(str(page.relative_to(ROOT)), section, number, text))
     return found
 
 

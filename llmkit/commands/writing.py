@@ -18,8 +18,9 @@ def _generate(args: argparse.Namespace) -> int:
     return run(args)
 
 
-def _draft_option(parser: Any) -> None:
+def _draft_options(parser: Any) -> None:
     parser.add_argument("--draft", metavar="MODEL", help="a small model of the same tokenizer that proposes tokens")
+    parser.add_argument("--draft-tokens", type=int, help="that it proposes at a time; default: 4")
 
 
 def _generate_command(commands: Any) -> None:
@@ -39,7 +40,7 @@ def _generate_command(commands: Any) -> None:
     generate.add_argument("--beams", type=int, help="beam search with so many")
     generate.add_argument("--length-penalty", type=float, help="beams: above 0 favours long texts; default: 1")
     generate.add_argument("--early-stopping", action="store_true", default=None, help="beams: end with the first ended")
-    _draft_option(generate)
+    _draft_options(generate)
     generate.add_argument("--candidates", type=int, metavar="K", help="show the K likeliest next tokens instead")
     precision_option(generate)
     device_option(generate)
@@ -49,7 +50,7 @@ def _generate_command(commands: Any) -> None:
     chat.add_argument("model", help="a run, a checkpoint or a Hugging Face folder")
     chat.add_argument("--system", help="the system message")
     sampling_options(chat)
-    _draft_option(chat)
+    _draft_options(chat)
     precision_option(chat)
     device_option(chat)
     chat.set_defaults(run=tool("llmkit.tools.chat"), n=None, beams=None, length_penalty=None, early_stopping=None)
@@ -93,8 +94,7 @@ def _serve_command(commands: Any) -> None:
     serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free one")
     serve.add_argument("--api-key", metavar="K", help="what clients must send; default: $LLMKIT_API_KEY, or none")
     serve.add_argument("--name", help="what requests call the model; default: its folder's name")
-    _draft_option(serve)
-    serve.add_argument("--draft-tokens", type=int, help="that it proposes at a time; default: 4")
+    _draft_options(serve)
     serve.add_argument("--max-rows", type=int, help="texts that are written side by side; default: 32")
     serve.add_argument("--cache-tokens", type=int, help="of all texts together whose keys and values are kept")
     serve.add_argument("--max-pending", type=int, help="texts that are written or wait; default: 128; then 429")

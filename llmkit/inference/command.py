@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"generate: candidates: must be at least 1 (got {args.candidates})")
     if args.draft is not None and (args.candidates or sampling.beams > 1):
         raise UserError("generate: a draft has no part in --beams and --candidates: drop --draft, or these")
+    need_draft(args)
     for option in ("out", "column", "limit", "batch"):
         if getattr(args, option):
             raise UserError(f"generate: --{option} is about many prompts: give --prompts, a file of them")
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         print_candidates(model, tokenizer, ids, args.candidates)
         return 0
     if args.draft is not None:
-        print_drafted(model, load_draft(args, tokenizer), tokenizer, ids, sampling)
+        print_drafted(drafting_engine(args, model, tokenizer, sampling.n), ids, sampling)
         return 0
     print_texts(model, tokenizer, ids, sampling)
     return 0
@@ -99,6 +100,12 @@ def _note_end(model: GPT, ids: list[int], sampling: SamplingConfig, cut_off: boo
         print(f"note: the context of {model.config.max_seq_len} tokens is full", file=sys.stderr)
 
 
+def need_draft(args: argparse.Namespace) -> None:
+    """Raises UserError if something is told of a draft that there is not."""
+    if args.draft is None and args.draft_tokens is not None:
+        raise UserError(f"{args.command}: --draft-tokens is about a draft: give --draft, a small model, too")
+
+
 def load_draft(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
     """The model of --draft. Raises UserError if its tokens are others."""
     folder = resolve_model(args.draft)
@@ -110,11 +117,18 @@ def load_draft(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
     return load_model(folder, DTYPES.get(args.precision), pick_device(args.device))
 
 
-def drafting_engine(model: GPT, draft: GPT, tokenizer: Tokenizer, n_texts: int = 1) -> Engine:
-    """An engine for so many texts at once, each as long as the context. Raises UserError if the draft doesn't fit."""
+def drafting_engine(args: argparse.Namespace, model: GPT, tokenizer: Tokenizer, n_texts: int = 1) -> Engine:
+    """An engine with the draft of --draft, for so many texts at once, each as long as the context.
+
+    Raises:
+        UserError: the draft doesn't fit the model, or it can't propose so many tokens.
+    """
     longest = -(-model.config.max_seq_len // EngineConfig().block_tokens) * EngineConfig().block_tokens
-    limits = EngineConfig(max_rows=n_texts, cache_tokens=n_texts * longest)
-    return Engine(model, tokenizer, limits, draft=draft)
+    options = {"max_rows": n_texts, "cache_tokens": n_texts * longest}
+    if args.draft_tokens is not None:
+        options["draft_tokens"] = args.draft_tokens
+    limits: EngineConfig = validate(EngineConfig, options, {(): args.command})
+    return Engine(model, tokenizer, limits, draft=load_draft(args, tokenizer))
 
 
 def note_drafts(engine: Engine) -> None:
@@ -123,9 +137,8 @@ def note_drafts(engine: Engine) -> None:
     print(f"note: the model took {done.accepted_tokens} of the draft's {done.drafted_tokens} tokens", file=sys.stderr)
 
 
-def print_drafted(model: GPT, draft: GPT, tokenizer: Tokenizer, ids: list[int], sampling: SamplingConfig) -> None:
+def print_drafted(engine: Engine, ids: list[int], sampling: SamplingConfig) -> None:
     """As `print_texts`, but a draft proposes tokens, and a note says how many of them the model took."""
-    engine = drafting_engine(model, draft, tokenizer, sampling.n)
     texts = {engine.submit(request): "" for request in requests_of(ids, sampling, sampling.seed)}
     alone, cut_off = sampling.n == 1, False
     while engine.busy:
@@ -141,7 +154,7 @@ def print_drafted(model: GPT, draft: GPT, tokenizer: Tokenizer, ids: list[int], 
     for k, text in enumerate(() if alone else texts.values(), 1):
         print(f"--- {k} of {sampling.n}\n{text}")
     note_drafts(engine)
-    _note_end(model, ids, sampling, cut_off)
+    _note_end(engine.model, ids, sampling, cut_off)
 
 
 def is_chat_model(folder: Path, tokenizer: Tokenizer) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config import UserError, validate
-from llmkit.inference.command import DTYPES, is_chat_model, load_draft
+from llmkit.inference.command import DTYPES, is_chat_model, load_draft, need_draft
 from llmkit.inference.engine.config import EngineConfig
 from llmkit.inference.engine.engine import Engine
 from llmkit.model.weights import load_model
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from llmkit.serving.server import serve
 
     config = read_config(args)
+    need_draft(args)
     engine_config: EngineConfig = validate(EngineConfig, _given(args, EngineConfig), {(): "serve"})
     folder = resolve_model(args.model)
     tokenizer = Tokenizer.load(folder)

@@ -17,7 +17,7 @@ from typing import Any
 from llmkit.config import MachineError, UserError, validate
 from llmkit.data.layouts import Message
 from llmkit.inference.batch import check_model
-from llmkit.inference.command import DTYPES, drafting_engine, is_chat_model, load_draft, note_drafts, read_sampling
+from llmkit.inference.command import DTYPES, drafting_engine, is_chat_model, need_draft, note_drafts, read_sampling
 from llmkit.inference.config import SamplingConfig
 from llmkit.inference.engine.engine import Engine
 from llmkit.inference.engine.request import Request
@@ -52,6 +52,7 @@ SETTINGS = tuple(name for name in SamplingConfig.model_fields if name not in _NO
 def run(args: argparse.Namespace) -> int:
     """Answers alone on stdout, as they are made; all else goes to stderr. In a pipe a mistake ends the command."""
     sampling = read_sampling(args)
+    need_draft(args)
     folder = resolve_model(args.model)
     tokenizer = Tokenizer.load(folder)
     if not is_chat_model(folder, tokenizer):
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(folder, DTYPES.get(args.precision), pick_device(args.device))
     check_model(model, tokenizer.vocab_size)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    engine = None if args.draft is None else drafting_engine(model, load_draft(args, tokenizer), tokenizer)
+    engine = None if args.draft is None else drafting_engine(args, model, tokenizer)
     chat = Chat(model, tokenizer, sampling, args.system, interactive, engine)
     if interactive:
         _say(f"{folder}: {model.config.max_seq_len} tokens of context; /help tells what else can be typed")

@@ -59,7 +59,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("generate: --prompts needs --out, the .jsonl that the texts are written to")
     if args.candidates is not None:
         raise UserError("generate: --candidates shows what follows one prompt: drop it, or --prompts")
-    if args.draft is not None:
+    if args.draft is not None or args.draft_tokens is not None:
         raise UserError("generate: --draft is about one prompt at a time: drop it, or --prompts")
     for option in ("batch", "limit"):
         value = getattr(args, option)

@@ -106,10 +106,10 @@ def small_pipeline(pipeline: dict[str, Any]) -> None:
     """What a pipeline itself sets, made small in place; the rest its recipes say."""
     for node in pipeline["nodes"].values():
         changes = node.get("set", {})
-        changes |= {k: v for k, v in (("steps", 2), ("optim.steps", 2)) if k in changes}
-        changes |= {k: v for k, v in (("limit", 8), ("max_new_tokens", 8), ("repeats", 1)) if k in changes}
-        if "eval.every" in changes:
-            changes["eval.every"] = 2
+        few = {"steps": 2, "eval.every": 2, "limit": 8, "max_new_tokens": 24, "repeats": 1}
+        changes |= {key: value for key, value in few.items() if key in changes}
+        if "sft" in node.get("recipe", ""):  # enough to end an answer now and then, since its answers are ranked
+            changes |= {"steps": 24, "eval.every": 24}
         if "rollout" in changes:
             changes["rollout"] = {"prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 4}
             changes["update"] = {"minibatches": 1, "epochs": 1}
@@ -143,7 +143,8 @@ def make_mine(at: Path) -> None:
     block = re.search(r"^```yaml\n(.*?)^```", (ROOT / "docs/quickstart.md").read_text("utf-8"), re.S | re.M)
     assert block is not None
     mine = small(yaml.safe_load(block.group(1)))
-    mine |= {"tokenizer": {"kind": "bpe", "vocab_size": 300}, "steps": 5, "save": {"every": 1, "keep": 5}}
+    mine |= {"tokenizer": {"kind": "bpe", "vocab_size": 300}, "optim": {"ema_decay": 0.9}}
+    mine |= {"steps": 5, "save": {"every": 1, "keep": 5}}
     (at / "mine.yaml").write_text(yaml.safe_dump(mine), "utf-8")
 
 

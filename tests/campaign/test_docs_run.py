@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,14 +27,24 @@ from test_docs import COMMANDS, Command
 from test_readme import blocks, run_blocks
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
+PAGES = sorted({c.page for c in COMMANDS})
+MANY = 12  # a page with more commands is run section by section: none needs what another section made
 # Longest first, so that no process is left alone with a long one.
-PAGES = [page for page, _ in Counter(c.page for c in COMMANDS).most_common()]
+PARTS = Counter((c.page, c.section if sum(d.page == c.page for d in COMMANDS) > MANY else "") for c in COMMANDS)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 READMES = ("README.md", "README.zh-CN.md")  # their blocks use loops and pipes, so a shell runs them as they are
 STANDS = {
     "MODEL": "runs/demo/sft", "STUDENT": "runs/demo/distill", "RECIPE": "configs/pretrain/demo.yaml", "K": "secret",
     "RUN": "runs/demo/sft", "CHECKPOINT": "runs/mine", "PIPELINE": "configs/demo/pipeline.yaml",
     "ADAPTER": "runs/demo/sft_lora", "--nproc-per-node=8": "--nproc-per-node=1",
-    "--master-addr=10.0.0.1": "--master-addr=127.0.0.1",
+    "--master-addr=10.0.0.1": "--master-addr=127.0.0.1", "--master-port=29500": f"--master-port={free_port()}",
 }  # fmt: skip
 SCRIPTS = {
     "scripts/worked_examples.py": ["--plot", "milk-tea.png"],
@@ -124,14 +135,20 @@ def obeys(words: list[str], at: Path, others: list[subprocess.Popen[str]]) -> No
     return None
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in READMES])
-def test_the_commands_of_a_page_run(page: str, world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", READMES)
+def test_the_blocks_of_a_readme_run(page: str, tmp_path: Path) -> None:
+    assert blocks(page)
+    run_blocks(page, tmp_path)
+
+
+@pytest.mark.parametrize(("page", "section"), [part for part, _ in PARTS.most_common() if part[0] not in READMES])
+def test_the_commands_of_a_page_run(page: str, section: str, world: Path, tmp_path: Path) -> None:
     """One after the other; all failures are told at the end."""
     at, failures, others = copy_of(world, tmp_path / "clone"), [], []
     if page == "docs/quickstart.md":  # whose reader makes it
         shutil.rmtree(at / "runs/mine")
     for number, command in enumerate(COMMANDS):
-        if command.page != page or command.elsewhere:
+        if command.page != page or section not in ("", command.section) or command.elsewhere:
             continue
         words, begun = prepared(command, number), time.monotonic()
         failure = None
@@ -148,12 +165,6 @@ def test_the_commands_of_a_page_run(page: str, world: Path, tmp_path: Path) -> N
         other.kill()
         failures.append(f"{other.args}: nobody met it")
     assert not failures, "\n".join([f"{len(failures)} commands failed:", *failures])
-
-
-@pytest.mark.parametrize("page", READMES)
-def test_the_blocks_of_a_readme_run(page: str, tmp_path: Path) -> None:
-    assert blocks(page)
-    run_blocks(page, tmp_path)
 
 
 def test_few_commands_are_left_out() -> None:

@@ -19,8 +19,8 @@ import pytest
 
 from llmkit.cli import main
 from llmkit.config import UserError
-from llmkit.inference.command import drafting_engine
 from llmkit.inference.config import SamplingConfig
+from llmkit.inference.engine.engine import Engine
 from llmkit.model.weights import load_model
 from llmkit.tokenizer import Tokenizer
 from llmkit.tokenizer.config import TokenizerConfig
@@ -128,7 +128,11 @@ def test_a_draft_changes_no_greedy_answer(
     assert code == plain[0] == 0 and out == plain[1] and "messages are forgotten" in err
     n_taken, n_drafted = (int(word) for word in err.split("note: the model")[1].split() if word.isdigit())
     assert 0 < n_taken <= n_drafted
-    assert chat(capsys, monkeypatch, "q1\n", answering, "--draft", answering)[1][0] in ANSWERS
+    assert chat(capsys, monkeypatch, "q1\n", answering, "--draft", answering, "--draft-tokens", 2)[1][0] in ANSWERS
+    code, _, err = chat(capsys, monkeypatch, "q1\n", *greedy, "--draft-tokens", 2)
+    assert code == 2 and "--draft-tokens is about a draft" in err
+    code, _, err = chat(capsys, monkeypatch, "q1\n", *greedy, "--draft", answering, "--draft-tokens", 0)
+    assert code == 2 and "draft_tokens" in err
     other = Path(shutil.copytree(answering, tmp_path / "other"))
     Tokenizer.train([], TokenizerConfig(kind="byte", special=("<|x|>",))).save(other)
     code, _, err = chat(capsys, monkeypatch, "q1\n", *greedy, "--draft", other)
@@ -139,7 +143,7 @@ def test_an_interrupted_draft_gives_its_room_back(
     session: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C ends an answer of the engine's too: what is written stays, and the next answer is whole."""
-    session.engine = drafting_engine(session.model, session.model, session.tokenizer)
+    session.engine = Engine(session.model, session.tokenizer, draft=session.model)
     session.interactive = True
     with monkeypatch.context() as pressed:
         pressed.setattr("llmkit.tools.chat._ctrl_c_stops", lambda: contextlib.nullcontext(lambda: True))
