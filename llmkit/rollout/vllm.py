@@ -119,7 +119,9 @@ class Vllm:
 
     def close(self) -> None:
         """Ends the engine and removes the folder."""
-        self._llm = None
+        began, self._llm = self._llm is not None, None
+        if began and self.ranks.processes == 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # vLLM's own, of one process
         if self.folder is not None and not self.ranks.local_rank:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -237,13 +237,13 @@ def _expected_gradient(correction: str | None, cap: float, sampler_temperature: 
 
 def test_the_correction_makes_the_gradient_that_of_the_policy() -> None:
     """Answers of a sampler at temperature 1.5: by the product of ratios the gradient is exact, without it far off; token
-    by token it is nearer, and exact too where the answers are of one token; with a cap it is bounded and in between."""
+    by token it is nearer; with a cap it lies between."""
     exact, plain = _expected_gradient(None, 0.0, 1.5)
     error = lambda estimate: ((estimate - exact).norm() / exact.norm()).item()  # noqa: E731
     assert error(plain) > 0.2
     assert error(_expected_gradient("product", 1e9, 1.5)[1]) < 1e-12
     assert error(_expected_gradient("token", 1e9, 1.5)[1]) < 0.9 * error(plain)
-    assert 1e-3 < error(_expected_gradient("product", 1.5, 1.5)[1]) < error(plain)
+    assert 1e-3 < error(_expected_gradient("product", 1.05, 1.5)[1]) < error(plain)
     for mode in ("token", "sequence", "product"):
         assert error(_expected_gradient(mode, 2.0, 1.0)[1]) < 1e-12  # the sampler is the policy
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -559,6 +560,31 @@ def test_without_the_package(
     assert "vLLM, which is not installed: `pip install llmkit[vllm]`, or take engine: own" in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
     assert main(["prepare", str(toy("ppo"))]) == 0
+
+
+def test_plan_and_doctor_need_no_vllm(
+    toy: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it takes of a device is said; the doctor looks at the policy's own sampler."""
+    tokenizer.save(tmp_path / "tokenizer")
+    recipe = toy("ppo", tokenizer={"kind": "byte", "path": str(tmp_path / "tokenizer")})
+    said = yaml.safe_load(recipe.read_text())
+    said["tokenizer"] = {"path": str(tmp_path / "tokenizer")}
+    recipe.write_text(yaml.safe_dump(said))
+    assert main(["plan", str(recipe)]) == 0
+    assert (
+        "vLLM takes 30% of each device's memory beside what is counted here, while it writes" in capsys.readouterr().out
+    )
+    assert main(["doctor", str(recipe)]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+
+def test_no_other_extra_brings_it() -> None:
+    """It chooses a PyTorch of its own, so it is installed only where it is asked for by name."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert [name for name, needs in extras.items() if "vllm" in "".join(needs)] == ["vllm"]
+    assert not any("vllm" in need for need in project["dependencies"])
 
 
 @pytest.mark.parametrize(
