@@ -160,13 +160,15 @@ def ratio_max(logprobs_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def importance_weight(
-    old_BT: Tensor, sampler_BT: Tensor, mask_BT: Tensor, cap: float, mode: Literal["token", "sequence"]
+    old_BT: Tensor, sampler_BT: Tensor, mask_BT: Tensor, cap: float, mode: Literal["token", "sequence", "product"]
 ) -> Tensor:
     """What answers weigh that another engine drew, with other numerics or another distribution than the trainer's.
 
-    token: min(pi_old / pi_sampler, cap) of each action (truncated importance sampling, TIS). sequence: 1, but 0 for every
-    action of an answer whose geometric mean of the ratios is above the cap or below its inverse (masked, MIS): one that
-    the trainer's policy would hardly have given. No gradient; 1 where mask is False.
+    token: min(pi_old / pi_sampler, cap) of each action (truncated importance sampling, TIS: Yao et al. 2025, "Your
+    efficient RL framework secretly brings you off-policy RL training"). product: the same of the product of an answer's
+    ratios, for each of its actions: without a bias while the cap is not reached, but of large variance for long answers.
+    sequence: 1, but 0 for every action of an answer whose geometric mean of the ratios is above the cap or below its
+    inverse (masked, MIS): one that the trainer's policy would hardly have given. No gradient; 1 where mask is False.
 
     Args:
         old_BT: the trainer's log-probabilities of the actions, before any update.
@@ -177,10 +179,29 @@ def importance_weight(
     log_weight_BT = log_ratio(old_BT, sampler_BT, mask_BT).detach()
     if mode == "token":
         weight_BT = log_weight_BT.exp().clamp(max=cap)
+    elif mode == "product":
+        weight_BT = log_weight_BT.sum(1, keepdim=True).exp().clamp(max=cap).expand_as(log_weight_BT)
     else:
         mean_B1 = log_weight_BT.sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
         weight_BT = (mean_B1.abs() <= math.log(cap)).to(mean_B1.dtype).expand_as(log_weight_BT)
     return weight_BT.where(mask_BT, 1.0)
+
+
+def correction_stats(weight_BT: Tensor, mask_BT: Tensor, cap: float, mode: str) -> Stats:
+    """Sums over actions of what `importance_weight` gave: `correction`, and `correction_cut`, the actions whose weight is
+    the cap itself, or that are left out."""
+    cut_BT = weight_BT == 0 if mode == "sequence" else weight_BT >= cap
+    return {"correction": _sum(weight_BT, mask_BT), "correction_cut": _sum(cut_BT, mask_BT)}
+
+
+def sampler_stats(old_BT: Tensor, sampler_BT: Tensor, mask_BT: Tensor) -> Stats:
+    """Sums over actions of how far the sampler is from the trainer's policy: `sampler_gap` (nats) and `sampler_prob_gap`
+    (of the probabilities)."""
+    old_BT, sampler_BT = _at(mask_BT, old_BT, sampler_BT)
+    return {
+        "sampler_gap": _sum((old_BT - sampler_BT).abs(), mask_BT),
+        "sampler_prob_gap": _sum((old_BT.exp() - sampler_BT.exp()).abs(), mask_BT),
+    }
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

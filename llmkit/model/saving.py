@@ -14,7 +14,9 @@ from llmkit.model.adapters import (
     adapter_tensors,
     load_adapter_tensors,
 )
+from llmkit.model.gpt import GPT
 from llmkit.model.heads import ActorCritic, Distilled
+from llmkit.model.layouts import to_disk
 from llmkit.model.lora import adapters_of
 
 Tensors = dict[str, Tensor]
@@ -34,6 +36,19 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensors]:
     if adapters_of(module):
         return {ADAPTERS: adapter_tensors(module)}
     return {MODEL: _without_aliases(module.state_dict())}
+
+
+def merged_tensors(model: GPT, n_tokens: int) -> Tensors:
+    """A language model as its Hugging Face class expects it, for others to write with: adapters are merged, and embedding
+    and head have a row for each token and no more. Views, but where adapters or a layout need new tensors."""
+    layers = adapters_of(model)
+    added = tuple(f"{name}.lora_" for name in layers)
+    own = {name: p.detach() for name, p in model.named_parameters() if not name.startswith(added)}
+    own |= {f"{name}.weight": layer.merged() for name, layer in layers.items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in own:
+            own[name] = own[name][:n_tokens]
+    return to_disk(model.config, own)
 
 
 def saved_parameters(module: nn.Module) -> tuple[set[str], set[str]]:

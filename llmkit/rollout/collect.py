@@ -13,6 +13,7 @@ from llmkit.inference.config import SamplingConfig
 from llmkit.inference.generate import generate
 from llmkit.inference.packed import network_of
 from llmkit.inference.sampling import sample_seeds
+from llmkit.inference.stream import Generation
 from llmkit.model.gpt import GPT
 from llmkit.rollout.batch import Rollouts
 from llmkit.rollout.config import RolloutConfig
@@ -22,6 +23,9 @@ from llmkit.rollout.rewards.base import Answer
 from llmkit.tokenizer import Tokenizer
 
 Message = dict[str, Any]
+Generate = Callable[[Sequence[Sequence[int]], Sequence[int], int], list[Generation]]
+"""(prompts, a seed for each, n) -> n continuations of each prompt, in the order of the prompts; a continuation is a
+function of the weights, its prompt, its seed and its number. Raises Interrupted."""
 
 
 @dataclass
@@ -64,6 +68,21 @@ def sampling_of(config: RolloutConfig, n: int, max_new_tokens: int) -> SamplingC
     )
 
 
+def own_engine(
+    model: GPT, config: RolloutConfig, tokenizer: Tokenizer, n_rows: int, should_stop: Callable[[], bool]
+) -> Generate:
+    """The policy itself writes. `n_rows` answers are to come; should_stop() is asked before every token."""
+    network = network_of(model, n_rows * config.max_new_tokens, min(n_rows, config.batch_size))
+
+    def write(prompts: Sequence[Sequence[int]], seeds: Sequence[int], n: int) -> list[Generation]:
+        sampling = sampling_of(config, n, config.max_new_tokens)
+        return generate(
+            model, prompts, sampling, tokenizer=tokenizer, seeds=seeds, should_stop=should_stop, network=network
+        )  # fmt: skip
+
+    return write
+
+
 def sample_answers(
     model: GPT,
     rows: Sequence[PromptRow],
@@ -73,11 +92,15 @@ def sample_answers(
     *,
     environment: Environment | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    engine: Generate | None = None,
 ) -> list[Sampled]:
     """config.samples_per_prompt answers to each prompt, in order. A prompt's are a function of its seed.
 
+    Args:
+        engine: writes them, batch by batch. Default: the model itself.
+
     Raises:
-        Interrupted: should_stop() said so, which is asked before every token.
+        Interrupted: should_stop() said so, which is asked before every token, or before every batch of an engine.
     """
     n = config.samples_per_prompt
     answers = [
@@ -85,20 +108,14 @@ def sample_answers(
         for row, seed in zip(rows, seeds, strict=True)
         for s in sample_seeds(seed, n)
     ]
-    network = network_of(model, len(answers) * config.max_new_tokens, min(len(answers), config.batch_size))
+    write = own_engine(model, config, tokenizer, len(answers), should_stop) if engine is None else engine
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     size = max(1, config.batch_size // n)
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        made = generate(
-            model,
-            [rows[i].ids for i in part],
-            sampling_of(config, n, config.max_new_tokens),
-            tokenizer=tokenizer,
-            seeds=[seeds[i] for i in part],
-            should_stop=should_stop,
-            network=network,
-        )
+        if should_stop():
+            raise Interrupted("stopped inside a rollout, which begins anew")
+        made = write([rows[i].ids for i in part], [seeds[i] for i in part], n)
         for k, i in enumerate(part):
             for j in range(n):
                 _take(answers[i * n + j], made[k * n + j])
@@ -108,15 +125,9 @@ def sample_answers(
         going = [a for a in going if _goes_on(a, environment, tokenizer, model.config.max_seq_len)]
         for start in range(0, len(going), config.batch_size):
             turn = going[start : start + config.batch_size]
-            made = generate(
-                model,
-                [a.ids for a in turn],
-                sampling_of(config, 1, config.max_new_tokens),
-                tokenizer=tokenizer,
-                seeds=[sample_seeds(a.seed, a.n_turns + 1)[-1] for a in turn],
-                should_stop=should_stop,
-                network=network,
-            )
+            if should_stop():
+                raise Interrupted("stopped inside a rollout, which begins anew")
+            made = write([a.ids for a in turn], [sample_seeds(a.seed, a.n_turns + 1)[-1] for a in turn], 1)
             for answer, generation in zip(turn, made, strict=True):
                 _take(answer, generation)
     return answers

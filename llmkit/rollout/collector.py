@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from torch import Tensor
 from llmkit.config import Interrupted
 from llmkit.model.gpt import GPT
 from llmkit.rollout.batch import Rollouts
-from llmkit.rollout.collect import Sampled, flat, gathered, sample_answers
+from llmkit.rollout.collect import Generate, Sampled, flat, gathered, sample_answers
 from llmkit.rollout.config import RolloutConfig
 from llmkit.rollout.environment import Environment
 from llmkit.rollout.prompts import PromptOrder, PromptRow
 from llmkit.rollout.rewards.base import Rewards
+from llmkit.rollout.vllm import Vllm
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.dist import Ranks
 from llmkit.training.engine import seed_of
@@ -25,7 +27,10 @@ Metrics = dict[str, float]
 
 class Collector:
     """Rollouts of a run. An answer is a function of the weights, the run's seed and its place among all answers drawn,
-    so it depends neither on ranks nor on when the run was stopped."""
+    so it depends neither on ranks nor on when the run was stopped.
+
+    Each rank writes its share by itself, and waits for the others only when all its answers are done.
+    """
 
     def __init__(
         self,
@@ -35,13 +40,29 @@ class Collector:
         ranks: Ranks,
         seed: int,
         environment: Environment | None = None,
+        vllm: Vllm | None = None,
     ):
         self.config, self.tokenizer, self.rewards, self.ranks, self.seed = config, tokenizer, rewards, ranks, seed
-        self.environment = environment
-        self.seconds = {"rollout_s": 0.0, "score_s": 0.0}
+        self.environment, self.vllm = environment, vllm
+        self._engine: Generate | None = None
+        self.seconds = {"rollout_s": 0.0, "score_s": 0.0} | ({} if vllm is None else {"hand_over_s": 0.0})
         """Of this rank, since they were last set to 0."""
         self.errors: dict[str, float] = {}
         """Answers that each part of the rewards failed on, over all ranks, in the last rollout."""
+
+    @contextlib.contextmanager
+    def writing(self, model: GPT) -> Iterator[None]:
+        """Around all calls of `draw` and `answers` that ask these weights: vLLM is given them. A collective."""
+        if self.vllm is None:
+            yield
+            return
+        started = time.perf_counter()
+        with self.vllm.awake(model) as self._engine:
+            self.seconds["hand_over_s"] += time.perf_counter() - started
+            try:
+                yield
+            finally:
+                self._engine = None
 
     def draw(
         self, model: GPT, order: PromptOrder, first: int, n: int, should_stop: Callable[[], bool], dtype: torch.dtype
@@ -94,6 +115,7 @@ class Collector:
         should_stop: Callable[[], bool],
     ) -> list[Sampled] | None:
         """This rank's answers; None if it was asked to stop, which the other ranks must hear of before any gives up."""
+        assert self.vllm is None or self._engine is not None, "vLLM has weights only within `writing`"
         seeds = [seed_of(self.seed, purpose, g) for g in groups]
         try:
             return sample_answers(
@@ -104,6 +126,7 @@ class Collector:
                 self.tokenizer,
                 environment=self.environment,
                 should_stop=should_stop,
+                engine=self._engine,
             )
         except Interrupted:
             return None

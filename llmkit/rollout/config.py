@@ -8,6 +8,22 @@ from pydantic import Field, model_validator
 
 from llmkit.config import Config
 
+VLLM_MIN_TEMPERATURE = 0.01  # _MAX_TEMP in vllm/sampling_params.py: what is below is raised to it
+
+
+class VllmConfig(Config):
+    """vLLM beside the trainer: an engine of its own for every rank, on that rank's device."""
+
+    memory_frac: float = Field(0.3, gt=0, le=1)
+    """Share of the device's memory for its weights and cache (vLLM's gpu_memory_utilization; TRL's default beside a
+    trainer). It must be free when vLLM starts."""
+    sleep: bool = True
+    """Gives that memory back between rollouts. On CUDA devices; elsewhere vLLM can't."""
+    eager: bool = False
+    """Starts faster, without compiled graphs, and writes slower (vLLM's enforce_eager)."""
+    folder: str | None = None
+    """Where weights are handed over; best in main memory. Default: /dev/shm where they fit, else the run's own folder."""
+
 
 class RolloutConfig(Config):
     """What is sampled before each round of updates, over all ranks."""
@@ -18,6 +34,11 @@ class RolloutConfig(Config):
     """Answers to each."""
     max_new_tokens: int = Field(128, ge=1)
     """Length at which an answer is cut off."""
+    engine: Literal["own", "vllm"] = "own"
+    """What writes the answers: the policy itself, or vLLM with its weights (`pip install llmkit[vllm]`), which computes
+    with other kernels and so needs `correction`."""
+    vllm: VllmConfig = VllmConfig()
+    """How vLLM is run. Needs `engine: vllm`."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits when sampling and wherever log-probabilities are computed."""
     top_k: int = Field(0, ge=0)
@@ -26,9 +47,10 @@ class RolloutConfig(Config):
     """Samples from the likeliest tokens that hold this share of the probability. Needs `correction`."""
     min_p: float = Field(0.0, ge=0, lt=1)
     """Drops tokens less probable than this share of the likeliest one. Needs `correction`."""
-    correction: Literal["none", "token", "sequence"] = "none"
-    """Weighs the loss by policy / sampler: token: each token by its ratio, at most `correction_cap` (truncated importance
-    sampling); sequence: leaves out answers whose mean ratio is above the cap or below its inverse."""
+    correction: Literal["none", "token", "sequence", "product"] = "none"
+    """Weighs the loss by policy / sampler. token: each token by its ratio, at most `correction_cap` (truncated importance
+    sampling); product: by the ratio of its whole answer, at most the cap; sequence: leaves out answers whose mean ratio
+    is above the cap or below its inverse."""
     correction_cap: float = Field(2.0, gt=1)
     """See correction."""
     max_prompt_len: int | None = Field(None, ge=1)
@@ -40,6 +62,24 @@ class RolloutConfig(Config):
     DAPO, arXiv 2503.14476); what is missing then is filled up with such groups."""
     record_every: int | None = Field(10, ge=1)
     """Every n-th rollout is written to rollouts/*.jsonl, token by token; null: none."""
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> RolloutConfig:
+        if self.engine == "own":
+            if self.vllm != VllmConfig():
+                raise ValueError("vllm: the answers are not written by vLLM: set engine: vllm, or drop the section")
+            return self
+        if self.correction == "none":
+            raise ValueError(
+                "engine vllm computes with other kernels than the trainer, so what it samples is not quite the policy: set "
+                "correction: token"
+            )
+        if self.temperature < VLLM_MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature ({self.temperature:g}) with engine vllm, which samples at {VLLM_MIN_TEMPERATURE} at least: "
+                "raise it, or take engine: own"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warped(self) -> RolloutConfig:

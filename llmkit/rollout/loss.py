@@ -12,7 +12,16 @@ from torch import Tensor
 
 from llmkit.losses import LossSum
 from llmkit.losses.logprobs import full_kl, token_logprobs
-from llmkit.losses.policy import Stats, importance_weight, kl_loss, kl_stats, log_ratio, ratio_deviation
+from llmkit.losses.policy import (
+    Stats,
+    correction_stats,
+    importance_weight,
+    kl_loss,
+    kl_stats,
+    log_ratio,
+    ratio_deviation,
+    sampler_stats,
+)
 from llmkit.model.gpt import GPT
 from llmkit.rollout.batch import PolicyBatch, hidden_states
 from llmkit.rollout.config import KLConfig, RolloutConfig
@@ -32,7 +41,7 @@ def policy_loss(
     reference: Reference | None,
     entropy: float,
     vocab_size: int,
-) -> tuple[LossSum, Tensor]:
+) -> tuple[LossSum, dict[str, Tensor]]:
     """A surrogate weighed as the aggregation says, corrected for a sampler that was not the policy, with a KL to the
     reference and a bonus for entropy where these are asked for.
 
@@ -48,8 +57,8 @@ def policy_loss(
         vocab_size: the tokenizer's.
 
     Returns:
-        parts `policy_loss` and, where asked for, `kl_loss`; stats are sums over actions; and how far the ratio of an
-        action is from 1 at most.
+        parts `policy_loss` and, where asked for, `kl_loss`; stats are sums over actions; and the largest of some numbers of
+        an action: `ratio_deviation`, how far its ratio is from 1, and `correction_max`, its weight.
     """
     actions_BT, weights_BT = batch.actions_BT, batch.weights_BT
     hidden_BTD = hidden_states(actor, batch)
@@ -64,16 +73,19 @@ def policy_loss(
     assert entropy_BT is not None
     old_BT = logprobs_BT.detach() if batch.old_BT is None else batch.old_BT
     losses_BT, stats = surrogate(logprobs_BT, old_BT)
+    largest = {"ratio_deviation": ratio_deviation(logprobs_BT, old_BT, actions_BT)}
     if rollout.correction != "none":
-        losses_BT = losses_BT * importance_weight(
-            old_BT, batch.sampler_BT, actions_BT, rollout.correction_cap, rollout.correction
-        )
+        mode, cap = rollout.correction, rollout.correction_cap
+        correction_BT = importance_weight(old_BT, batch.sampler_BT, actions_BT, cap, mode)
+        losses_BT = losses_BT * correction_BT
+        stats |= correction_stats(correction_BT, actions_BT, cap, mode)
+        largest["correction_max"] = correction_BT.where(actions_BT, 0.0).amax()
     total = (weights_BT * losses_BT).sum()
     parts = {"policy_loss": total.detach()}
     stats = {
         **stats,
         "entropy": entropy_BT.detach().where(actions_BT, 0.0).sum(),
-        "sampler_gap": (old_BT - batch.sampler_BT).abs().where(actions_BT, 0.0).sum(),
+        **sampler_stats(old_BT, batch.sampler_BT, actions_BT),
     }
     if entropy:
         total = total - entropy * (weights_BT * entropy_BT).sum()
@@ -89,7 +101,7 @@ def policy_loss(
             kl_BT = kl_loss("k2" if kl.kind == "k2" else "k3", logprobs_BT, batch.ref_BT, actions_BT, ratio_BT)
         kl_sum = (weights_BT * kl_BT).sum()
         total, parts["kl_loss"] = total + kl_coef * kl_sum, kl_sum.detach()
-    return LossSum(total, parts, stats), ratio_deviation(logprobs_BT, old_BT, actions_BT)
+    return LossSum(total, parts, stats), largest
 
 
 def _exact_kl(

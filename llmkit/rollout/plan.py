@@ -124,8 +124,13 @@ def plan_policy(recipe: PolicyRecipe, critic: str | None) -> Iterator[str]:
             yield f"{net.role}: {net.state_bytes / 1e9:.3f} GB"
     rows = min(n, recipe.rollout.batch_size)
     cache = 2 * policy.n_layers * policy.kv_heads * policy.width_of_head * _length(recipe, policy) * rows * width
+    where = f"cache {cache / 1e9:.3f} GB"
+    if recipe.rollout.engine == "vllm":
+        share, cache = recipe.rollout.vllm.memory_frac, 0
+        where = f"vLLM takes {share:.0%} of each device's memory beside what is counted here"
+        where += ", while it writes" if recipe.rollout.vllm.sleep else ""
     activations = max(net.cost.activation_bytes for net in nets if net.trained)
-    yield f"rollout      {n:,} answers of at most {recipe.rollout.max_new_tokens:,} tokens; cache {cache / 1e9:.3f} GB"
+    yield f"rollout      {n:,} answers of at most {recipe.rollout.max_new_tokens:,} tokens; {where}"
     yield f"updates      {recipe.steps:,} in {-(-recipe.steps // steps):,} rollouts of {steps}"
     peak = held + max(cache, activations)
     yield (

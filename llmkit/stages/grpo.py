@@ -73,8 +73,7 @@ class GRPOTask(PolicyTask):
         super().__init__(recipe)
         self.aggregation = recipe.aggregation
         self.needs_reference = recipe.kl.where != "none"
-        # With one update a rollout the policy in the update is the one that sampled: no pass of its own is needed.
-        self.needs_old = recipe.update.steps > 1
+        self.needs_old = _asks_old(recipe)
 
     # --- credit ------------------------------------------------------------------------------------------------------
 
@@ -137,6 +136,12 @@ class GRPOTask(PolicyTask):
         return model_files(self.model_config, engine.dtype, self.tokenizer, facts)
 
 
+def _asks_old(recipe: GRPORecipe) -> bool:
+    """Whether the old log-probabilities take a pass of their own. With one update a rollout the policy in the update is
+    the one that sampled, unless another distribution did and a KL is to be told before."""
+    return recipe.update.steps > 1 or (recipe.rollout.correction != "none" and recipe.kl.where != "none")
+
+
 def _varies(scores_N: Tensor, group_N: Tensor) -> Tensor:
     """Whether the graded answers of an answer's group differ in their score, bool [N]."""
     graded_N = scores_N.isfinite()
@@ -170,4 +175,4 @@ def plan(recipe: GRPORecipe) -> Iterator[str]:
 
 def job(recipe: GRPORecipe) -> Job:
     """What `llmkit plan` reckons with."""
-    return policy_job("grpo", recipe, critic=None, asks_old=recipe.update.steps > 1)
+    return policy_job("grpo", recipe, critic=None, asks_old=_asks_old(recipe))

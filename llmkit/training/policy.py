@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from llmkit.rollout.minibatch import micro_batches, minibatch, passes, tokens_ha
 from llmkit.rollout.prompts import PromptData, PromptOrder, read_prompts
 from llmkit.rollout.record import record
 from llmkit.rollout.rewards.base import Rewards
+from llmkit.rollout.vllm import Vllm, require_vllm
 from llmkit.stages.recipes.policy import PolicyRecipe
 from llmkit.tokenizer import Tokenizer
 from llmkit.training.engine import Engine, Metrics, seed_of
@@ -70,7 +72,10 @@ class PolicyTask(Task):
         self.rollouts: Rollouts | None = None
         self.answers: AnswerEval | None = None
         self.environment: Environment | None = None
-        self._deviation = 0.0  # of a ratio from 1, the largest of this rank's micro-batches in the present update
+        self.vllm: Vllm | None = None
+        self._largest: dict[
+            str, float
+        ] = {}  # numbers of an action, over this rank's micro-batches in the present update
 
     # --- what a stage adds -----------------------------------------------------------------------------------------
 
@@ -132,6 +137,8 @@ class PolicyTask(Task):
 
     def prepare(self, ctx: Context) -> None:
         """Tokenizer, rewards, and prompts that these can grade."""
+        if self.recipe.rollout.engine == "vllm":
+            require_vllm(ctx.ranks.device)
         if self.rewards is None:
             tokenizer = tokenizer_of(self.recipe, ctx.should_stop)
             self.rewards = Rewards(self.recipe.rewards, tokenizer, ctx.ranks.device)
@@ -147,6 +154,8 @@ class PolicyTask(Task):
             reference_of(recipe, actor, recipe.reference, self.tokenizer, ctx.ranks) if self.needs_reference else None
         )
         self.order = PromptOrder(self.prompts, seed_of(recipe.seed, "order"))
+        if recipe.rollout.engine == "vllm":
+            self.vllm = Vllm(recipe.rollout, self.tokenizer, ctx.ranks, Path(recipe.out))
         self.collector = Collector(
             recipe.rollout,
             self.tokenizer,
@@ -154,6 +163,7 @@ class PolicyTask(Task):
             ctx.ranks,
             recipe.seed,
             self.environment,
+            self.vllm,
         )
         if recipe.eval.answers is not None:
             self.answers = AnswerEval(
@@ -181,8 +191,8 @@ class PolicyTask(Task):
         return self.model_config.sliding_window is None
 
     def close(self) -> None:
-        """Ends the processes of graders and tools."""
-        for held in (self.rewards, self.answers, self.environment):
+        """Ends the processes of graders and tools, and vLLM."""
+        for held in (self.rewards, self.answers, self.environment, self.vllm):
             if held is not None:
                 held.close()
 
@@ -195,7 +205,7 @@ class PolicyTask(Task):
             + (f"; {self.prompts.n_cut:,} were cut at their beginning" if self.prompts.n_cut else ""),
             f"rollout    {recipe.rollout.prompts_per_step} prompts x {recipe.rollout.samples_per_prompt} answers of at most "
             f"{recipe.rollout.max_new_tokens} tokens at temperature {recipe.rollout.temperature:g}, on {ctx.ranks.world} "
-            "rank(s)",
+            f"rank(s){', by vLLM' if self.vllm is not None else ''}",
             f"updates    {recipe.update.minibatches} minibatch(es) of {n // recipe.update.minibatches} answers x "
             f"{recipe.update.epochs} epoch(s): {recipe.steps} steps are {-(-recipe.steps // steps)} rollouts",
         ]
@@ -221,11 +231,11 @@ class PolicyTask(Task):
             ranks.world,
             self.shares_prompts,
         )
-        self._deviation = 0.0
+        self._largest = {}
         metrics = engine.update(batches, self.loss, self._accept(engine, ctx), self.resting(engine))
         metrics |= self._means(engine) | told
         metrics["tokens"], metrics["data_hash"] = float(answers.lengths_N.sum()), tokens_hash(answers)
-        metrics["ratio_deviation"] = ranks.max_number(self._deviation)
+        metrics |= {name: ranks.max_number(self._largest.get(name, 0.0)) for name in self._largest_of}
         self.cursor += 1
         if self.cursor >= self.recipe.update.steps or metrics.get("stopped_early"):
             self.rollouts, self.cursor = None, 0
@@ -251,7 +261,7 @@ class PolicyTask(Task):
         def accept(metrics: Metrics) -> bool:
             if self.cursor == 0 and self.needs_old:
                 limit = _RATIO_LIMITS[self.recipe.precision]
-                worst = self._deviation
+                worst = self._largest.get("ratio_deviation", 0.0)
                 if ctx.ranks.any(not worst <= limit):
                     raise TrainingStopped(
                         f"step {engine.step + 1}: before the first update on a rollout every ratio of the policy to itself "
@@ -268,7 +278,7 @@ class PolicyTask(Task):
 
     def policy_loss(self, actor: GPT, batch: PolicyBatch, surrogate: Surrogate, entropy: float) -> LossSum:
         """A surrogate with all that the recipe adds to it: see `rollout.loss`."""
-        out, deviation = policy_loss(
+        out, largest = policy_loss(
             actor,
             batch,
             surrogate,
@@ -279,8 +289,16 @@ class PolicyTask(Task):
             entropy=entropy,
             vocab_size=self.tokenizer.vocab_size,
         )
-        self._deviation = max(self._deviation, deviation.item())
+        for name, value in largest.items():
+            self._largest[name] = max(self._largest.get(name, 0.0), value.item())
         return out
+
+    @property
+    def _largest_of(self) -> Sequence[str]:
+        """What `policy_loss` tells the largest of, on every rank alike."""
+        return (
+            ("ratio_deviation",) if self.recipe.rollout.correction == "none" else ("ratio_deviation", "correction_max")
+        )
 
     def _means(self, engine: Engine) -> Metrics:
         """The loss's statistics per action."""
@@ -321,6 +339,9 @@ class PolicyTask(Task):
                 "nothing of a rollout is to be learnt: every answer was cut off: raise rollout.max_new_tokens"
             )
         told |= {**credited, **self._kl(rollouts)}
+        if rollouts.old_NT is not None:
+            gap_NT = (rollouts.old_NT - rollouts.sampler_NT).where(rollouts.actions_NT, 0.0)
+            told["sampler_gap_max"] = gap_NT.abs().max().item()
         for part, n in self.collector.errors.items():
             if n:
                 told[f"errors/{part}"] = n
@@ -332,6 +353,11 @@ class PolicyTask(Task):
 
     def _sampled(self, engine: Engine, ctx: Context, drawn: int) -> tuple[Rollouts, int, Metrics]:
         """A rollout's graded answers, how many prompts are then drawn, and what the log should say."""
+        with self.collector.writing(self.actor_of(engine.asked)):
+            return self._drawn(engine, ctx, drawn)
+
+    def _drawn(self, engine: Engine, ctx: Context, drawn: int) -> tuple[Rollouts, int, Metrics]:
+        """The same, with the engine that writes at hand."""
         n_prompts, actor = self.recipe.rollout.prompts_per_step, self.actor_of(engine.asked)
         dtype = engine.flat_grad.dtype
         rollouts = self.collector.draw(actor, self.order, drawn, n_prompts, ctx.should_stop, dtype)
@@ -411,9 +437,6 @@ class PolicyTask(Task):
             "k3_mean": (k3.sum() / rollouts.n_actions).item(),
             "kl_coef": self.kl_coef,
         }
-        if rollouts.old_NT is not None:
-            gap_NT = (rollouts.old_NT - rollouts.sampler_NT).where(rollouts.actions_NT, 0.0)
-            told["sampler_gap_max"] = gap_NT.abs().max().item()
         if kl.target is not None:
             error = min(max(per_answer / kl.target - 1, -0.2), 0.2)
             self.kl_coef *= 1 + error * len(rollouts) / kl.horizon
@@ -431,10 +454,15 @@ class PolicyTask(Task):
                 with engine.replica() as module:
                     actor = self.actor_of(module)
                     groups, dtype = [row.number for row in rows], engine.flat_grad.dtype
-                    answers = self.collector.answers(actor, rows, groups, "evaluation", ctx.should_stop, dtype)
+                    with self.collector.writing(actor):
+                        answers = self.collector.answers(actor, rows, groups, "evaluation", ctx.should_stop, dtype)
                     if self.reference is not None:
-                        found = self.over_answers(answers, {"ref_NT": self._ask_reference(engine)}, engine, ctx)
-                        gap_NT = (answers.sampler_NT - found["ref_NT"]).where(answers.actions_NT, 0.0)
+                        asked: dict[str, Ask] = {"ref_NT": self._ask_reference(engine)}
+                        if self.recipe.rollout.correction != "none":  # what sampled is not the policy
+                            asked["old_NT"] = lambda batch: self.logprobs(self.actor_of(engine.asked), batch)
+                        found = self.over_answers(answers, asked, engine, ctx)
+                        own_NT = found.get("old_NT", answers.sampler_NT)
+                        gap_NT = (own_NT - found["ref_NT"]).where(answers.actions_NT, 0.0)
                         metrics[f"{split}/kl_sum"] = (gap_NT.sum() / len(answers)).item()
                 metrics |= {f"{split}/{name}": value for name, value in described(answers).items()}
             if self.answers is not None and split == "valid":

@@ -101,7 +101,11 @@ RULES = (
          "lower optim.lr, or update.epochs, or set update.target_kl"),
     Rule("sampler-differs", "train/sampler_gap", "below 0.05 nats a token", 10, lambda s: s.mean(10) > 0.05,
          "sampler and trainer compute with different numbers",
-         "set precision: fp32, or rollout.correction: token; see `llmkit doctor RECIPE --only sampler`"),
+         "set precision: fp32, or rollout.correction: token; see `llmkit doctor RECIPE --only sampler`; with engine: vllm "
+         "see docs/rl.md"),
+    Rule("correction-cut", "train/correction_cut", "below 0.1 of the actions", 10, lambda s: s.mean(10) > 0.1,
+         "the sampler is so far from the policy that its answers are hardly corrected any more",
+         "sample with less of top_k, top_p and min_p, or in the trainer's precision; raise rollout.correction_cap"),
     Rule("critic-blind", "rollout/explained_variance", "above 0 from the tenth rollout on", 15,
          lambda s: s.mean(5) < -0.2,
          "the critic foretells returns worse than their mean would",

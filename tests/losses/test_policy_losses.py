@@ -24,7 +24,15 @@ from llmkit.losses import (
     token_weights,
     value_loss,
 )
-from llmkit.losses.policy import kl_k1, kl_k2, kl_k3, ratio_deviation, ratio_max
+from llmkit.losses.policy import (
+    correction_stats,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    ratio_deviation,
+    ratio_max,
+    sampler_stats,
+)
 
 B, T, MAX_LEN = 4, 7, 9
 SURROGATES = {
@@ -185,8 +193,75 @@ def test_importance_weight() -> None:
     whole = importance_weight(old, sampler, mask, 1.7, "sequence")  # geometric means 2 and 4^(1/3) = 1.59
     assert whole.tolist() == [[0, 0, 1], [1, 1, 1]]
     assert importance_weight(sampler, old, mask, 1.7, "sequence").tolist() == [[0, 0, 1], [1, 1, 1]]
-    for mode in ("token", "sequence"):
+    products = importance_weight(old, sampler, mask, 3.5, "product")
+    torch.testing.assert_close(products, torch.tensor([[3.5, 3.5, 1.0], [3.5, 3.5, 3.5]]).double())  # of 4 and 4
+    assert importance_weight(old, sampler, mask, 9.0, "product")[0].tolist() == pytest.approx([4, 4, 1])
+    for mode in ("token", "sequence", "product"):
         assert importance_weight(old, old, mask, 2.0, mode).eq(1).all()  # type: ignore[arg-type]
+    for weights, cap, mode, mean, cut in ((tokens, 1.5, "token", 6.5, 3), (whole, 1.7, "sequence", 3, 2)):
+        told = correction_stats(weights, mask, cap, mode)
+        assert (told["correction"].item(), told["correction_cut"].item()) == (pytest.approx(mean), cut)
+    gap = sampler_stats(old, sampler, mask)
+    assert gap["sampler_gap"].item() == pytest.approx(2 * math.log(2) + math.log(4))
+    assert gap["sampler_prob_gap"].item() == pytest.approx(0.25 + 0.1 + 0.3)
+
+
+def _expected_gradient(correction: str | None, cap: float, sampler_temperature: float) -> tuple[Tensor, Tensor]:
+    """Of -E[reward], over all answers of two tokens out of four: exactly, and as it is estimated from a sampler at another
+    temperature, in expectation. The second token's scores depend on the first."""
+    g = torch.Generator().manual_seed(3)
+    first_V, second_VV = (torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_() for s in ((4,), (4, 4)))
+    reward_VV = torch.randn(4, 4, generator=g, dtype=torch.float64)
+    a, b = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
+
+    def logprobs(temperature: float) -> Tensor:
+        """Of both tokens of all 16 answers [16, 2]."""
+        return torch.stack(
+            [(first_V / temperature).log_softmax(0)[a], (second_VV / temperature).log_softmax(1)[a, b]], 1
+        )
+
+    own_BT, sampler_BT = logprobs(1.0), logprobs(sampler_temperature).detach()
+    exact = -(own_BT.sum(1).exp() * reward_VV[a, b]).sum()
+    mask_BT = torch.ones_like(own_BT, dtype=torch.bool)
+    old_BT, advantages_BT = own_BT.detach(), reward_VV[a, b][:, None].expand(-1, 2)
+    losses_BT = ppo_clip(own_BT, old_BT, advantages_BT, mask_BT, clip_low=0.2, clip_high=0.2)[0]
+    if correction is not None:
+        losses_BT = losses_BT * importance_weight(old_BT, sampler_BT, mask_BT, cap, correction)  # type: ignore[arg-type]
+    estimate = (sampler_BT.sum(1).exp() * losses_BT.sum(1)).sum()
+    both = [
+        torch.cat([x.flatten() for x in torch.autograd.grad(t, (first_V, second_VV), retain_graph=True)])
+        for t in (exact, estimate)
+    ]
+    return both[0], both[1]
+
+
+def test_the_correction_makes_the_gradient_that_of_the_policy() -> None:
+    """Answers of a sampler at temperature 1.5: by the product of ratios the gradient is exact, without it far off; token
+    by token it is nearer; with a cap it lies between."""
+    exact, plain = _expected_gradient(None, 0.0, 1.5)
+    error = lambda estimate: ((estimate - exact).norm() / exact.norm()).item()  # noqa: E731
+    assert error(plain) > 0.2
+    assert error(_expected_gradient("product", 1e9, 1.5)[1]) < 1e-12
+    assert error(_expected_gradient("token", 1e9, 1.5)[1]) < 0.9 * error(plain)
+    assert 1e-3 < error(_expected_gradient("product", 1.05, 1.5)[1]) < error(plain)
+    for mode in ("token", "sequence", "product"):
+        assert error(_expected_gradient(mode, 2.0, 1.0)[1]) < 1e-12  # the sampler is the policy
+
+
+def test_the_correction_of_single_tokens_is_exact() -> None:
+    """E_sampler[min(w, C) A grad log pi] with C out of reach is E_pi[A grad log pi], to rounding."""
+    scores_V = torch.randn(8, generator=torch.Generator().manual_seed(5), dtype=torch.float64).requires_grad_()
+    advantages_V1 = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    own_V1 = scores_V.log_softmax(0)[:, None]
+    mask_V1 = torch.ones_like(own_V1, dtype=torch.bool)
+    exact = torch.autograd.grad(-(own_V1.exp() * advantages_V1).sum(), scores_V, retain_graph=True)[0]
+    rounded = scores_V.detach().bfloat16().double()  # weights in bf16
+    for sampler_V in (rounded.log_softmax(0), (scores_V.detach() / 0.5).log_softmax(0)):
+        weights_V1 = importance_weight(own_V1.detach(), sampler_V[:, None], mask_V1, 1e9, "token")
+        for weight_V1, right in ((weights_V1, True), (torch.ones_like(weights_V1), False)):
+            loss = (sampler_V.exp()[:, None] * weight_V1 * -advantages_V1 * own_V1).sum()
+            found = torch.autograd.grad(loss, scores_V, retain_graph=True)[0]
+            assert ((found - exact).abs().max().item() < 1e-12) == right
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -366,7 +441,7 @@ def test_padding_changes_nothing(pads: int, left: bool, seed: int, nan: bool) ->
             weights, denominator = token_weights(c["mask"], aggregation, MAX_LEN)  # type: ignore[arg-type]
             per_token.append(weights)
             sums.append(torch.tensor(denominator))
-        for mode in ("token", "sequence"):
+        for mode in ("token", "sequence", "product"):
             weights = importance_weight(c["old"], c["ref"], c["mask"], 1.2, mode)  # type: ignore[arg-type]
             per_token.append(weights.where(c["mask"], 0.0))
         sums += [*kl_stats(c["logprobs"], c["ref"], c["mask"]).values()]

@@ -30,6 +30,7 @@ ILL: dict[str, list[float]] = {
     "groups-equal": [1.0] * 9,
     "reward-constant": [0.0] * 5,
     "answers-cut": [0.05] * 9,
+    "correction-cut": [0.2] * 12,
     "answers-grow": [20.0] * 4 + [200.0] * 12,
 }
 WELL: dict[str, list[float]] = {
@@ -44,6 +45,7 @@ WELL: dict[str, list[float]] = {
     "train/entropy": [1.5 - i * 0.005 for i in range(200)],
     "train/clipped_high": [0.05] * 60,
     "train/sampler_gap": [1e-6] * 60,
+    "train/correction_cut": [0.0, 0.3] + [0.01] * 60,
     "rollout/explained_variance": [-1.0] * 9 + [0.3] * 30,
     "rollout/groups_equal": [0.4] * 30,
     "rollout/reward_std": [0.0, 0.5, 0.4, 0.4, 0.3],

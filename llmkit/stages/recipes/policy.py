@@ -59,6 +59,16 @@ class PolicyRecipe(ModelRecipe):
             raise ValueError("eval.samples: the rollouts are written down (rollout.record_every): drop the prompts")
         if self.environment is not None and not self.data.chat:
             raise ValueError("environment: only a conversation can go on, and data.chat is false: drop one of them")
+        if self.rollout.engine == "vllm":
+            if self.precision == "fp64":
+                raise ValueError(
+                    "precision fp64 with rollout.engine vllm, which has no fp64: take fp32, or engine: own"
+                )
+            if self.parallel.tensor > 1:
+                raise ValueError(
+                    f"parallel.tensor ({self.parallel.tensor}) with rollout.engine vllm: processes that share a row would "
+                    "each sample another answer: take parallel.shard: full, or engine: own"
+                )
         if self.z_loss:
             raise ValueError("z_loss is a term of pretraining: drop it")
         return self

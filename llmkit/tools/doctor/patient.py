@@ -272,7 +272,8 @@ class Patient:
     def _small_policy(self) -> dict[str, Any]:
         recipe = self.recipe
         prompts = min(max(4, self.row_len // 2), self.row_len - 12)
-        rollout = {"prompts_per_step": 4, "samples_per_prompt": 1 if recipe.stage == "ppo" else 4, "max_new_tokens": 12,
+        n_samples = 1 if recipe.stage == "ppo" else 4
+        rollout = {"engine": "own", "prompts_per_step": 4, "samples_per_prompt": n_samples, "max_new_tokens": 12,
                    "max_prompt_len": prompts, "max_refills": 0, "record_every": None}  # fmt: skip
         update = {"minibatches": 1, "epochs": 2, "target_kl": None}
         reward = {"kind": "length", "target": 1, "spread": 500, "unit": "characters"}  # differs from answer to answer
