@@ -192,7 +192,8 @@ class MoE(nn.Module):
         if self.training:
             E = self.config.n
             load_E = p_NE.new_full((E,), 1 / E) if self.load_E is None else self.load_E
-            routing = LayerRouting((p_NE @ (E * load_E)).view(B, T), chosen_NK.view(B, T, K))
+            # No view of a product: FSDP2 warns of views that a block returns.
+            routing = LayerRouting(p_NE.view(B, T, E) @ (E * load_E), chosen_NK.view(B, T, K))
         return out_ND.view_as(x_BTD), routing
 
     def _experts(self, x_ND: Tensor, chosen_NK: Tensor, weight_NK: Tensor) -> Tensor:

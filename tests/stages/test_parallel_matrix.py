@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+import transformers
 from posttraining import ONLINE, STAGES, tiny_stage, tiny_world
 from reliability import read_jsonl, tiny_recipe, train
 
@@ -125,6 +126,9 @@ def test_a_policy_in_shares(world: Path) -> None:
 def test_a_policy_that_shares_its_experts(crowd: Path) -> None:
     """And a critic that does; answers are written by a gathered copy, with all experts."""
     assert compare(crowd, "ppo", "shares of experts") <= 1e-9
+    found = newest_good(crowd / "ppo-shares of experts")[0]
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(found, output_loading_info=True)
+    assert not any(info.values()), info
 
 
 @pytest.mark.campaign
