@@ -16,11 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Shape = tuple[int, int]  # rows and positions, B and T
+# What `torch.distributed`'s own functions are made of, as the compiler sees them; those have other names in every version.
+_collectives = torch.ops._c10d_functional
+
+
+def _done(sent: Tensor) -> Tensor:
+    out: Tensor = _collectives.wait_tensor(sent)
+    return out
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,16 @@ class SequenceParallel:
     def on_whole(self, part: Callable[[Tensor], Tensor], x_PD: Tensor, shape: Shape) -> Tensor:
         """What attention or an MLP, of which this process has a share, makes of all positions; the gradient of those is the
         sum of what the shares have."""
-        whole_BTD: Tensor = _Whole.apply(x_PD, self, *shape, True)
-        if not self.again or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return part(whole_BTD)
+
+        def gather(x_PD: Tensor) -> Tensor:
+            out: Tensor = _Whole.apply(x_PD, self, *shape, True)
+            return out
+
+        if not self.again or not torch.is_grad_enabled():
+            return part(gather(x_PD))
+        if torch.compiler.is_compiling():  # to the compiler, which cuts across, that says what it is not to keep
+            return part(checkpoint(gather, x_PD, use_reentrant=False))
+        whole_BTD = gather(x_PD)
         kept = _Kept(self, x_PD.detach(), whole_BTD)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
             return part(whole_BTD)
@@ -80,15 +94,18 @@ class SequenceParallel:
         return self._padded(x_BTD)[self.place]
 
     def _gathered(self, x_PD: Tensor, B: int, T: int) -> Tensor:
-        found = collectives.wait_tensor(collectives.all_gather_tensor(x_PD.contiguous(), 0, self.group))
+        found = _done(_collectives.all_gather_into_tensor(x_PD.contiguous(), self.n, self.group.group_name))
         return found[: B * T].view(B, T, -1)
 
     def _added(self, x_BTD: Tensor) -> Tensor:
         # Sent as they are and added here, in the processes' order and in fp32: with gloo faster than its own sum by two to
         # three, and no slower by its bytes elsewhere.
         x_NPD = self._padded(x_BTD)
-        mine = collectives.all_to_all_single(x_NPD.flatten(0, 1).contiguous(), None, None, self.group)
-        return collectives.wait_tensor(mine).view(x_NPD.shape).sum(0)
+        each = [x_NPD.shape[1]] * self.n
+        sent_MD = x_NPD.flatten(0, 1).contiguous()
+        return (
+            _done(_collectives.all_to_all_single(sent_MD, each, each, self.group.group_name)).view(x_NPD.shape).sum(0)
+        )
 
 
 class _Whole(torch.autograd.Function):
@@ -97,7 +114,10 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, rows: SequenceParallel, B: int, T: int, partial: bool) -> Tensor:
         ctx.rows, ctx.partial = rows, partial
-        return rows._gathered(x_PD, B, T)
+        found_BTD = rows._gathered(x_PD, B, T)
+        return (
+            found_BTD if partial else found_BTD.clone()
+        )  # what leaves the network is no view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None, None, None, None]:
