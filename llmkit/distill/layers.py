@@ -131,7 +131,8 @@ class Taps:
     def _keep_hidden(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def keep(block: nn.Module, args: Any, out: Any) -> None:
             if self._open:
-                self.hidden[layer] = out[0]
+                assert isinstance(block, Block)
+                self.hidden[layer] = block.whole(out[0], args[-1])  # of whole rows, whoever computes them
 
         return keep
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from llmkit.model.config import GPTConfig, LinearScaling, Llama3Scaling, YarnSca
 from llmkit.model.context import PartMask, RowPart
 from llmkit.model.layouts import config_of, use_layout
 from llmkit.model.moe import LayerRouting, MoE, Routing, gather_routing, set_load
+from llmkit.model.sequence import SequenceParallel, Shape
 from llmkit.products import Linear, linear
 
 
@@ -283,28 +285,57 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config, config.width_of_mlp)
         self.dropout = nn.Dropout(config.dropout)
+        self.sequence: SequenceParallel | None = None  # where several processes compute rows together
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope | None, mask: Tensor | PartMask | None, causal: bool, cache: KVCache | None
+        self,
+        x_BTD: Tensor,
+        rope: Rope | None,
+        mask: Tensor | PartMask | None,
+        causal: bool,
+        cache: KVCache | None,
+        shape: Shape | None = None,
     ) -> tuple[Tensor, LayerRouting | None]:
-        x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), rope, mask, causal, cache))
-        out = self.mlp(self.post_attention_layernorm(x_BTD))
+        """`shape`: B and T, where `sequence` says that the stream is this process's positions [P, D]."""
+
+        def attention(normed_BTD: Tensor) -> Tensor:
+            return self.self_attn(normed_BTD, rope, mask, causal, cache)
+
+        x_BTD = x_BTD + self._dropped(self._on_whole(attention, self.input_layernorm(x_BTD), shape), shape)
+        out = self._on_whole(self.mlp, self.post_attention_layernorm(x_BTD), shape)
         out_BTD, routing = out if isinstance(self.mlp, MoE) else (out, None)
-        return x_BTD + self.dropout(out_BTD), routing
+        return x_BTD + self._dropped(out_BTD, shape), routing
+
+    def whole(self, x_BTD: Tensor, shape: Shape | None) -> Tensor:
+        """Of the stream all positions."""
+        return x_BTD if self.sequence is None or shape is None else self.sequence.whole(x_BTD, shape)
+
+    def _on_whole(self, part: Callable[[Tensor], Any], x_BTD: Tensor, shape: Shape | None) -> Any:
+        return part(x_BTD) if self.sequence is None or shape is None else self.sequence.on_whole(part, x_BTD, shape)
+
+    def _dropped(self, x_BTD: Tensor, shape: Shape | None) -> Tensor:
+        return dropped(self.dropout, x_BTD, self.sequence, shape)
+
+
+def dropped(dropout: nn.Dropout, x_BTD: Tensor, sequence: SequenceParallel | None, shape: Shape | None) -> Tensor:
+    """Dropout of the residual stream, whole or cut by position."""
+    if sequence is None or shape is None or not dropout.training or dropout.p == 0:
+        return dropout(x_BTD)
+    return sequence.dropout(x_BTD, dropout.p, shape)
 
 
 def parallel_plan() -> dict[str, str]:
-    """How processes that compute a row together share a block, by the module's name in it.
+    """How processes that compute a row together share a block, by the module's name in it (see `model.sequence`).
 
     | how | what |
     |---|---|
-    | `enters` | its input is whole and the same for all; the gradient of that is the sum of theirs |
     | `columns` | each has a share of the outputs: rows of the weight, and of the bias |
     | `rows` | each has a share of the inputs: columns of the weight; their outputs are added up, then the bias |
-    | `partial` | whole for each, but it sees a share of the heads: its gradient is the sum of theirs |
+    | `partial` | whole for each, but it sees a share of the heads or of the positions: its gradient is the sum of theirs |
     """
-    plan = {"self_attn": "enters", "self_attn.o_proj": "rows", "mlp": "enters", "mlp.down_proj": "rows"}
+    plan = {"self_attn.o_proj": "rows", "mlp.down_proj": "rows"}
     plan |= {f"self_attn.{name}": "columns" for name in ("q_proj", "k_proj", "v_proj")}
+    plan |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), "partial")
     plan |= {f"self_attn.{name}": "partial" for name in ("q_norm", "k_norm")}
     return plan | {f"mlp.{name}": "columns" for name in ("gate_proj", "up_proj")}
 
@@ -324,6 +355,14 @@ class Decoder(nn.Module):
         self.norm = norm_of(config)
         self.dropout = nn.Dropout(config.dropout)
         self.routing: Routing | None = None  # where the last forward pass in training sent its tokens
+        self.sequence: SequenceParallel | None = None  # where several processes compute rows together
+
+    def share_rows(self, sequence: SequenceParallel) -> None:
+        """Cuts the stream from the embeddings to the final norm by position; matrices as `parallel_plan` says."""
+        self.sequence = sequence
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.sequence = sequence
 
     def forward(
         self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor | RowPart | None, causal: bool, cache: KVCache | None
@@ -336,7 +375,10 @@ class Decoder(nn.Module):
             rope = rope_tables(self.config, positions_BT)
             if x_BTD.dtype == torch.float64:
                 rope = (rope[0].double(), rope[1].double())
-        x_BTD = self.dropout(x_BTD)
+        shape: Shape | None = None
+        if self.sequence is not None:
+            shape, x_BTD = (ids_BT.shape[0], ids_BT.shape[1]), self.sequence.own(x_BTD)
+        x_BTD = dropped(self.dropout, x_BTD, self.sequence, shape)
         start = 0 if cache is None else cache.length
         masks: tuple[Tensor | PartMask | None, Tensor | PartMask | None]
         if isinstance(mask, RowPart):
@@ -345,7 +387,7 @@ class Decoder(nn.Module):
             masks = layer_masks(self.config, start, ids_BT.shape[1], mask, causal, ids_BT.device)
         routings = []
         for i, block in enumerate(self.layers):
-            args = (x_BTD, rope, masks[i >= self.config.n_full_layers], causal, cache)
+            args = (x_BTD, rope, masks[i >= self.config.n_full_layers], causal, cache, shape)
             if self.activation_checkpointing and self.training:
                 x_BTD, routing = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -353,7 +395,8 @@ class Decoder(nn.Module):
             if routing is not None:
                 routings.append(routing)
         self.routing = None if self.config.experts is None else gather_routing(routings, self.config.experts.n)
-        return self.norm(x_BTD)
+        x_BTD = self.norm(x_BTD)
+        return x_BTD if self.sequence is None or shape is None else self.sequence.whole(x_BTD, shape)
 
     def set_expert_load(self, counts_LE: Tensor) -> None:
         """Gives the blocks with experts the load of the step before: `Routing.loss`'s counts, summed over that step."""

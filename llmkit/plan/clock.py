@@ -95,7 +95,7 @@ class Clock:
         if self.mesh.context > 1 and p.kind == "train" and not self.job.recompute:
             attention *= 4 / 3  # ranks that share rows compute it again in the backward pass
         passes = 9 if self.job.compiled else 22  # over the residual stream; over the MLP's width a third as many
-        stream = passes * (model.d_model + model.width_of_mlp / 3 / t) * rows * width / self.memory
+        stream = passes * (model.d_model + model.width_of_mlp / 3) / t * rows * width / self.memory
         return model.n_layers * (matrices + stream) + attention
 
     def _head(self, p: Pass, rows: float) -> float:
@@ -187,11 +187,13 @@ class Clock:
         """Seconds of one micro-batch's messages that its products don't hide."""
         shards, t, width = self.mesh.shards, self.mesh.tensor, BYTES[net.precision]
         seconds = 0.0
-        if t > 1:  # added up after attention and MLP, and so backwards; nothing computes meanwhile
-            each = 2 * rows * net.model.d_model * width * (t - 1) / t
-            n_bytes = net.model.n_layers * each * (4 + 2 * self.job.recompute)
+        if t > 1:  # put together before attention and MLP, added up after them; nothing computes meanwhile
+            each = rows * net.model.d_model * width * (t - 1) / t
+            # Twice forward and twice backward, where what entered is put together once more, or all is computed again.
+            times = 2 * (2 + 2 + (2 if self.job.recompute else 1))
+            n_bytes = net.model.n_layers * each * times
             self._send("tensor", n_bytes * n_micro)
-            seconds += n_bytes / self._rate(t, 1) + net.model.n_layers * 4 * _HOP_S
+            seconds += n_bytes / self._rate(t, 1) + net.model.n_layers * times * _HOP_S
         if (c := self.mesh.context) > 1:  # put together twice, and the gradients added up; nothing computes meanwhile
             kept = 2 * net.model.kv_heads * net.model.width_of_head * width / t
             n_bytes = net.model.n_layers * rows * kept * (c - 1) * 3

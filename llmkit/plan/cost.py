@@ -62,7 +62,7 @@ def block_bytes(model: GPTConfig, seq_len: int, precision: str, device: str = "c
 
     On a CPU the norms are made of small operations, which keep two wide copies of their input; on a GPU they are one
     kernel, which keeps the input. Counted with `torch.autograd.graph.saved_tensors_hooks` (tests/test_plan.py).
-    `tensor` processes that compute a row together have its heads and the MLP's width in shares, the rest each whole.
+    `tensor` processes that compute a row together have all of it in shares: heads and the MLP's width, or positions.
     """
     width = BYTES[precision]
     D, heads, kv = model.d_model, model.n_heads * model.width_of_head, model.kv_heads * model.width_of_head
@@ -77,7 +77,7 @@ def block_bytes(model: GPTConfig, seq_len: int, precision: str, device: str = "c
     if (experts := model.experts) is not None:  # states once for each expert they visit, before it and after
         mixture = (4 * experts.active_width + 2 * D * experts.n_active) * width + 8 * experts.n
         mlp += (mixture - mlp) * model.n_expert_layers / model.n_layers
-    return 2 * D * wide + 2 * D * width + (attention + mlp) / tensor
+    return (2 * D * wide + 2 * D * width + attention + mlp) / tensor
 
 
 def activation_bytes(
@@ -87,16 +87,20 @@ def activation_bytes(
     """Most bytes that forward and backward pass of a micro-batch take at once, beside weights and flat gradient.
 
     There are two peaks: in the loss, which makes the head's gradient in fp32 while everything is kept, and just after it,
-    when the last MLP's gradients come on top.
+    when the last MLP's gradients come on top. Of processes that compute rows together each has all positions of what leaves
+    the network, and of what enters a block's attention or MLP while that is computed.
     """
     width, wide = BYTES[precision], 8 if precision == "fp64" else 4
     D, V = model.d_model, model.vocab_size or 0
     block = block_bytes(model, seq_len, precision, device, tensor)
     widest = model.width_of_mlp if model.experts is None else model.experts.active_width
-    kept = model.n_layers * D * width if recompute else model.n_layers * block
-    around_head = 2 * D * width + 2 * D * wide  # the final norm's input and output, and the gradient of that
+    kept = model.n_layers * (D * width / tensor if recompute else block)
+    around_head = (
+        D * width * (1 + 1 / tensor) + 2 * D * wide
+    )  # the final norm's output and input, and the gradient of that
     in_loss = micro_tokens * around_head + min(loss_chunk, micro_tokens) * V * (width + 2 * wide)
-    in_block = micro_tokens * (3 * (widest / tensor + D) * width + recompute * block)
+    again = block + 2 * D * width * (1 - 1 / tensor)  # of the block that is computed again
+    in_block = micro_tokens * (3 * (widest / tensor + D) * width + recompute * again)
     head = V * D * (wide + (width if width < wide else 0))
     return micro_tokens * kept + head + max(in_loss, in_block)
 

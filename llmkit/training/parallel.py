@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.config import UserError
-from llmkit.model.gpt import GPT, Block, parallel_plan
+from llmkit.model.gpt import GPT, Block, Decoder, parallel_plan
 from llmkit.model.heads import SequenceClassifier
 from llmkit.model.lora import LoraLinear, adapters_of, row_squares
 from llmkit.model.moe import MoE
+from llmkit.model.sequence import SequenceParallel
 from llmkit.products import Linear, linear
 from llmkit.training.config import ParallelConfig, RunConfig
 from llmkit.training.dist import Ranks
@@ -32,42 +33,14 @@ Index = tuple[slice, ...]
 # --- rows computed together ------------------------------------------------------------------------------------------
 
 
-class _Enter(torch.autograd.Function):
-    """The same forward; the gradient is summed over the processes that share the rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _Leave(torch.autograd.Function):
-    """The sum over the processes that share the rows; the gradient is the same for each."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        out = x.contiguous().clone()
-        dist.all_reduce(out, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 class _RowLinear(Linear):
-    """A linear layer of which this process has some inputs: outputs are added up, and the bias once after that."""
+    """A linear layer of which this process has some inputs: outputs are added up, and the bias once after that, each position
+    in one process."""
 
-    group: Any
+    sequence: SequenceParallel
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Leave.apply(linear(x, self.weight), self.group)
+        out = self.sequence.summed(linear(x, self.weight))
         return out if self.bias is None else out + self.bias
 
 
@@ -75,23 +48,21 @@ class _RowLora(LoraLinear):
     """The same with an adapter: A has this share of the inputs too, B and the rows' lengths are whole for each, and one
     sum does for weight and adapter. Gradients of B and of the lengths are then partial."""
 
-    group: Any
-    place: Any
-    """This process's in the group."""
+    sequence: SequenceParallel
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Leave.apply(self.adapted(x, None), self.group)
+        out = self.sequence.summed(self.adapted(x, None))
         return out if self.bias is None else out + self.bias
 
     def dropped(self, x: Tensor) -> Tensor:
         # The whole layer's draw, of which this is a part: what one process draws, and the same from there on.
         kept = F.dropout(x.new_ones(*x.shape[:-1], self.in_features), self.config.dropout)
-        first = self.place * x.shape[-1]
+        first = self.sequence.place * x.shape[-1]
         return x * kept[..., first : first + x.shape[-1]]
 
     def row_norms(self) -> Tensor:
         squares_O = row_squares(self.dense(), self.lora_A.weight, self.lora_B.weight, self.config.scaling)
-        dist.all_reduce(squares_O, group=self.group)
+        dist.all_reduce(squares_O, group=self.sequence.group)
         return squares_O.clamp(min=0).sqrt()
 
 
@@ -142,44 +113,48 @@ def _share_rows(module: nn.Module, ranks: Ranks) -> tuple[dict[str, int], set[st
     """
     cut: dict[str, int] = {}
     partial: set[str] = set()
-    place: Any = ranks.place
-    group, names = ranks.tensor_group, {id(p): n for n, p in module.named_parameters()}
-
-    def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (_Enter.apply(args[0], group), *args[1:])
+    names = {id(p): n for n, p in module.named_parameters()}
 
     def keep(p: Tensor | None, dim: int) -> None:
         if p is not None:
             cut[names[id(p)]] = dim
             p.data = p.data.chunk(ranks.tensor, dim)[ranks.place].clone()
 
-    for block in (m for m in module.modules() if isinstance(m, Block)):
-        for name, how in parallel_plan().items():
-            found = dict(block.named_modules()).get(name)
-            if found is None:  # GPT-2 has no gate
+    def add_up(*parameters: Tensor | None) -> None:
+        partial.update(names[id(p)] for p in parameters if p is not None)
+
+    for decoder in (m for m in module.modules() if isinstance(m, Decoder)):
+        again = not decoder.activation_checkpointing
+        sequence: Any = SequenceParallel(ranks.tensor, ranks.place, ranks.tensor_group, again)
+        decoder.share_rows(sequence)
+        add_up(*decoder.norm.parameters())
+        for found, how in ((m, h) for block in decoder.layers for m, h in _planned(block)):
+            if how == "partial":
+                add_up(*found.parameters())
                 continue
-            if how == "enters":
-                found.register_forward_pre_hook(enter)
-            elif how == "partial":
-                partial |= {names[id(p)] for p in found.parameters()}
-            elif how == "columns":
-                assert isinstance(found, Linear | LoraLinear)
-                keep(found.weight, 0)
+            assert isinstance(found, Linear | LoraLinear)
+            keep(found.weight, 0 if how == "columns" else 1)
+            if how == "columns":
                 keep(found.bias, 0)
                 if isinstance(found, LoraLinear):  # A meets whole inputs, and sees a share of the outputs
                     keep(found.lora_B.weight, 0)
                     keep(found.magnitude, 0)
-                    partial.add(names[id(found.lora_A.weight)])
-            elif isinstance(found, LoraLinear):
-                found.__class__, found.group, found.place = _RowLora, group, place
-                keep(found.weight, 1)
+                    add_up(found.lora_A.weight)
+                continue
+            add_up(found.bias)
+            if isinstance(found, LoraLinear):
+                found.__class__, found.sequence = _RowLora, sequence
                 keep(found.lora_A.weight, 1)
-                partial |= {names[id(p)] for p in (found.lora_B.weight, found.magnitude) if p is not None}
+                add_up(found.lora_B.weight, found.magnitude)
             else:
-                assert isinstance(found, Linear)
-                found.__class__, found.group = _RowLinear, group
-                keep(found.weight, 1)
+                found.__class__, found.sequence = _RowLinear, sequence
     return cut, partial
+
+
+def _planned(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The block's modules that `parallel_plan` names, and how they are shared: GPT-2 has no gate."""
+    found = dict(block.named_modules())
+    return ((found[name], how) for name, how in parallel_plan().items() if name in found)
 
 
 # --- weights in shares -----------------------------------------------------------------------------------------------
