@@ -529,6 +529,36 @@ def test_each_rank_has_an_engine(
         assert calls == ["start", f"generate {n}"] + 2 * ["reload", "reset", f"generate {n}"]
 
 
+def _failing(rank: int, recipe: str, port: int, folder: str) -> None:
+    """As `_child`, but the engine of rank 1 gives up in its second rollout."""
+    sys.path[:0] = [str(STAND_INS), folder]
+    import vllm
+
+    original = vllm.LLM.generate
+
+    def generate(self: Any, *args: Any, **more: Any) -> Any:
+        if rank == 1 and "reload" in vllm.calls:
+            vllm.faults.finish = "abort"
+        return original(self, *args, **more)
+
+    vllm.LLM.generate = generate
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.set_num_threads(1)
+    Path(folder, f"code-{rank}").write_text(str(main(["train", recipe])))
+
+
+def test_an_engine_that_fails_ends_all_ranks(toy: Callable[..., Path], tmp_path: Path) -> None:
+    """The other rank, whose answers are done, does not wait for ever; and no weights are left in memory."""
+    file = toy("grpo", steps=3, eval={"every": None}, rollout={"vllm": {"folder": str(tmp_path / "there")}})
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_failing, (str(file), port, str(tmp_path)), nprocs=2)
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert not list(tmp_path.glob("there/**/*.safetensors*"))
+
+
 # --- wrong use -------------------------------------------------------------------------------------------------------
 
 
