@@ -267,7 +267,7 @@ def matrices_of(model: nn.Module, layers: Collection[str]) -> Values:
         for earlier in before:
             for name, value in earlier():
                 if name in dtypes:
-                    yield name.removesuffix(".weight"), value.to(dtypes[name])
+                    yield name.removesuffix(".weight"), value.to(dtypes[name]).contiguous()
 
     return values
 
