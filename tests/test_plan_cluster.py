@@ -16,7 +16,19 @@ from llmkit.plan.clock import Clock
 from llmkit.plan.cost import cost_of
 from llmkit.plan.gpus import GPUS, recognised
 from llmkit.plan.job import Job, Net, Pass
-from llmkit.plan.mesh import Cluster, Mesh, easier, fits, memory_of, meshes, objection, peak_of, share_of, state_of
+from llmkit.plan.mesh import (
+    Cluster,
+    Mesh,
+    easier,
+    fits,
+    host_bytes,
+    memory_of,
+    meshes,
+    objection,
+    peak_of,
+    share_of,
+    state_of,
+)
 from llmkit.plan.report import describe, suggestions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -105,6 +117,14 @@ def test_more_ranks_never_need_more_memory() -> None:
     peaks = [peak_of(memory_of(planned, Mesh(n, "full")))[1] for n in (8, 16, 64, 512)]
     assert peaks == sorted(peaks, reverse=True)
     assert peak_of(memory_of(planned, Mesh(8, "full", tensor=2)))[1] < 1.2 * peaks[0]
+
+
+def test_only_whole_networks_fill_main_memory() -> None:
+    """4 bytes a parameter where nothing is spread; else twice the largest tensor, here the embedding."""
+    planned = job(llama("70b"), 64)
+    assert host_bytes(planned, Mesh(8)) == 4 * planned.nets[0].cost.n_params
+    for mesh in (Mesh(8, "full"), Mesh(8, tensor=8)):
+        assert host_bytes(planned, mesh) == 2 * 4 * 128256 * 8192
 
 
 def test_ranks_that_share_rows() -> None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -224,27 +224,27 @@ def _blocks(
     return blocks
 
 
-@torch.no_grad()
-def load_adapter_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `adapter_tensors` gave, of a model with the same adapters. Raises ValueError for other names or
-    shapes."""
+def adapter_values(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What `adapter_tensors` gave as parameters of a model with the same adapters, which need have no memory: views, by our
+    names. Raises ValueError for other names or shapes."""
     layers, plain, own = adapters_of(model), candidates(model), adapter_tensors(model)
     for name in sorted(own.keys() | tensors.keys()):
         mine, given = (tuple(t[name].shape) if name in t else "nothing" for t in (own, tensors))
         if mine != given:
             raise ValueError(f"{name}: the adapters hold {given}, the model {mine}")
+    places = {layer: name for name, layer in layers.items()}
     for module, names in _modules(model).items():
         if not any(name in layers for name in names):
             continue
         A_RI, B_OR = (tensors[f"{_PREFIX}{module}.lora_{kind}.weight"] for kind in "AB")
         magnitude_O = tensors.get(f"{_PREFIX}{module}.lora_magnitude_vector")
         for rows, columns, layer in _blocks(names, layers, plain):
-            layer.lora_A.weight.copy_(A_RI[columns])
-            layer.lora_B.weight.copy_(B_OR[rows, columns])
+            name = places[layer]
+            yield f"{name}.lora_A.weight", A_RI[columns]
+            yield f"{name}.lora_B.weight", B_OR[rows, columns]
             if magnitude_O is not None and layer.magnitude is not None:
-                layer.magnitude.copy_(magnitude_O[rows])
-    for name, p in heads_of(model).items():
-        p.copy_(tensors[_PREFIX + name])
+                yield f"{name}.lora_magnitude_vector.weight", magnitude_O[rows]
+    yield from ((name, tensors[_PREFIX + name]) for name in heads_of(model))
 
 
 def adapter_files(files: dict[str, bytes], model: nn.Module) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ width, F MLP width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from llmkit.config import UserError
 from llmkit.model.config import GPTConfig, LinearScaling, Llama3Scaling, YarnScaling
 from llmkit.model.context import PartMask, RowPart
+from llmkit.model.first import Values, give
 from llmkit.model.layouts import config_of, use_layout
 from llmkit.model.moe import LayerRouting, MoE, Routing, gather_routing, set_load
 from llmkit.model.sequence import SequenceParallel, Shape
@@ -356,6 +357,7 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.routing: Routing | None = None  # where the last forward pass in training sent its tokens
         self.sequence: SequenceParallel | None = None  # where several processes compute rows together
+        self.pending: list[Values] = []  # see `first`: values of this and its head while they have no memory
 
     def share_rows(self, sequence: SequenceParallel) -> None:
         """Cuts the stream from the embeddings to the final norm by position; matrices as `parallel_plan` says."""
@@ -416,7 +418,7 @@ class GPT(nn.Module):
     """A language model. `forward` gives hidden states; `logits` and the chunked losses turn them into words."""
 
     def __init__(self, config: GPTConfig, activation_checkpointing: bool = False):
-        """Allocates the model; call `init_weights` or load a checkpoint before use."""
+        """Allocates the model, unless on the meta device; call `init_weights` or load a checkpoint before use."""
         super().__init__()
         self.config = config
         self.model = Decoder(config, activation_checkpointing)
@@ -535,9 +537,9 @@ def document_mask(docs_BT: Tensor, causal: bool = True) -> Tensor:
     return same_BTT[:, None]
 
 
-@torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Sets every parameter once, from a generator of its own. `model` is a GPT, or another head beside a Decoder.
+    """Sets every parameter once, from a generator of its own. `model` is a GPT, or another head beside a Decoder; while it
+    has no memory, its values wait (see `first`).
 
     | parameter | value |
     |---|---|
@@ -546,15 +548,20 @@ def init_weights(model: nn.Module, seed: int) -> None:
     | norm weights | 1 |
     | biases | 0 |
     """
-    generator = torch.Generator().manual_seed(seed)
     residual_std = 0.02 / math.sqrt(2 * config_of(model).n_layers)
-    for name, p in model.named_parameters():
-        if name.endswith("norm.weight"):
-            p.fill_(1.0)
-        elif name.endswith(".bias"):
-            p.zero_()
-        else:
-            assert p.dim() == 2, f"{name} has no initial value"
-            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            # Drawn in fp32 on the CPU, so that every precision and device starts from the same numbers.
-            p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in shapes.items():
+            if name.endswith("norm.weight"):
+                yield name, torch.ones(shape)
+            elif name.endswith(".bias"):
+                yield name, torch.zeros(shape)
+            else:
+                assert len(shape) == 2, f"{name} has no initial value"
+                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                # Drawn in fp32 on the CPU, so that every precision and device starts from the same numbers.
+                yield name, torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+
+    give(model, values)

@@ -6,6 +6,7 @@ Shapes as in `gpt`; C scores of a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.model.config import GPTConfig
+from llmkit.model.first import give
 from llmkit.model.gpt import GPT, Decoder
 from llmkit.model.layouts import use_layout
 
@@ -26,7 +28,7 @@ class SequenceClassifier(nn.Module):
     """
 
     def __init__(self, config: GPTConfig, n_labels: int, activation_checkpointing: bool = False):
-        """Allocates the model; call `init_head` and load a checkpoint before use."""
+        """Allocates the model, unless on the meta device; call `init_head` and load a checkpoint before use."""
         super().__init__()
         self.config = config
         self.model = Decoder(config, activation_checkpointing)
@@ -107,10 +109,13 @@ class Distilled(nn.Module):
 
 def init_head(model: SequenceClassifier, seed: int, zero: bool = False) -> None:
     """The head alone: matrices normal, std 1 / sqrt(D + 1), or zero as for values (Ziegler et al. 2019, arXiv
-    1909.08593); biases 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name in model.head_names:
-            p = model.get_parameter(name)
-            std = 1 / math.sqrt(p.shape[-1] + 1) if p.dim() == 2 and not zero else 0.0
-            p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0.0, 1.0, generator=generator) * std)
+    1909.08593); biases 0. While the model has no memory, they wait (see `first`)."""
+    shapes = {name: model.get_parameter(name).shape for name in model.head_names}
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in shapes.items():
+            std = 1 / math.sqrt(shape[-1] + 1) if len(shape) == 2 and not zero else 0.0
+            yield name, torch.empty(shape, dtype=torch.float32).normal_(0.0, 1.0, generator=generator) * std
+
+    give(model, values)

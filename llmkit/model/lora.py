@@ -13,7 +13,7 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from llmkit.config import UserError
 from llmkit.model.config import LoraConfig
+from llmkit.model.first import Values, give, pending_of
 from llmkit.model.quantized import Nf4
 from llmkit.products import Linear, linear
 
@@ -87,29 +88,25 @@ def merged_weight(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, magn
 class LoraLinear(nn.Linear):
     """A linear layer and its adapter: the layer's own weight, which is not trained, under its own name."""
 
-    def __init__(self, linear: nn.Linear, config: LoraConfig, base: Base, generator: torch.Generator):
-        """Takes over a layer's parameters.
+    def __init__(self, linear: nn.Linear, config: LoraConfig, base: Base):
+        """Takes over a layer's parameters; the adapter's have no values yet.
 
         Args:
             linear: the layer; its weight is shared, not copied.
             config: rank, scale and kind.
             base: the whole model's.
-            generator: draws A, on the CPU.
         """
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.config, self.origin, self.active = config, base, True
-        W = self.weight
-        # As PEFT: A uniform in +-1 / sqrt(I), which is Kaiming's with a = sqrt(5); B zero, so that the first output is W x.
-        bound = 1 / math.sqrt(self.in_features)
-        A_RI = torch.empty(config.r, self.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = AdapterWeight(A_RI.to(device=W.device, dtype=W.dtype))
-        self.lora_B = AdapterWeight(torch.zeros(self.out_features, config.r, dtype=W.dtype, device=W.device))
-        self.packed = None if config.quantize is None else Nf4(W.detach())
+        W = self.weight.detach()
+        self.lora_A = AdapterWeight(W.new_empty(config.r, self.in_features))
+        self.lora_B = AdapterWeight(W.new_empty(self.out_features, config.r))
+        self.packed = None if config.quantize is None else Nf4(W)
         self.lora_magnitude_vector: AdapterWeight | None = None
         if config.dora:
-            self.lora_magnitude_vector = AdapterWeight(torch.linalg.vector_norm(self.dense().detach(), dim=1))
+            self.lora_magnitude_vector = AdapterWeight(W.new_empty(self.out_features))
         if self.packed is not None:
             self.weight = None  # type: ignore[assignment]
 
@@ -228,7 +225,7 @@ def apply_lora(model: nn.Module, config: LoraConfig, seed: int, base: Base) -> N
     """Freezes a model but for a head of scores, and gives its matrices adapters, which change nothing yet.
 
     Args:
-        model: a GPT, or another head beside a Decoder, with its weights loaded.
+        model: a GPT, or another head beside a Decoder, with its weights loaded, or with ones that wait (see `first`).
         config: the recipe's section.
         seed: of the A matrices.
         base: the model as it lies on disk.
@@ -236,14 +233,43 @@ def apply_lora(model: nn.Module, config: LoraConfig, seed: int, base: Base) -> N
     Raises:
         UserError: targets that mean nothing, or quantisation where bitsandbytes is not installed.
     """
-    generator = torch.Generator().manual_seed(seed)
     layers = targets_of(model, config.targets)
     model.requires_grad_(False)
     for p in heads_of(model).values():
         p.requires_grad_(True)
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LoraLinear(layer, config, base, generator))
+        setattr(model.get_submodule(parent), leaf, LoraLinear(layer, config, base))
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    weights = matrices_of(model, list(shapes)) if config.dora else None
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for name, (O, I) in shapes.items():
+            # As PEFT: A uniform in +-1 / sqrt(I), which is Kaiming's with a = sqrt(5); B zero: the first output is W x.
+            bound = 1 / math.sqrt(I)
+            yield f"{name}.lora_A.weight", torch.empty(config.r, I).uniform_(-bound, bound, generator=generator)
+            yield f"{name}.lora_B.weight", torch.zeros(O, config.r)
+        for name, W_OI in weights() if weights is not None else ():
+            yield f"{name}.lora_magnitude_vector.weight", torch.linalg.vector_norm(W_OI, dim=1)
+
+    give(model, values)
+
+
+def matrices_of(model: nn.Module, layers: Collection[str]) -> Values:
+    """The weights of layers that were given adapters just now, by the layers' names, as they are or as they will be."""
+    made, before = adapters_of(model), list(pending_of(model))
+    dtypes = {f"{name}.weight": made[name].lora_B.weight.dtype for name in layers}
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        if not before:
+            yield from ((name, made[name].dense().detach()) for name in layers)
+        for earlier in before:
+            for name, value in earlier():
+                if name in dtypes:
+                    yield name.removesuffix(".weight"), value.to(dtypes[name]).contiguous()
+
+    return values
 
 
 def adapter_size(model: nn.Module, config: LoraConfig) -> tuple[int, int, int]:

@@ -3,8 +3,10 @@ a student with its projections."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmkit.model.adapters import (
@@ -12,11 +14,11 @@ from llmkit.model.adapters import (
     adapter_parameters,
     adapter_sources,
     adapter_tensors,
-    load_adapter_tensors,
+    adapter_values,
 )
 from llmkit.model.gpt import GPT
-from llmkit.model.heads import ActorCritic, Distilled
-from llmkit.model.layouts import to_disk
+from llmkit.model.heads import ActorCritic, Distilled, SequenceClassifier
+from llmkit.model.layouts import config_of, from_disk, to_disk
 from llmkit.model.lora import adapters_of
 
 Tensors = dict[str, Tensor]
@@ -83,22 +85,38 @@ def saved_files(files: dict[str, bytes], module: nn.Module) -> dict[str, bytes]:
     return out
 
 
+@torch.no_grad()
 def load_saved(module: nn.Module, files: dict[str, Tensors]) -> None:
     """Puts back what `saved_tensors` gave; names and shapes are those of this module."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for file in saved_tensors(module):
+        for name, value in saved_values(module, file, files[file]):
+            own[name].copy_(value)
+
+
+def saved_values(module: nn.Module, file: str, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that tensors of one of a module's files hold, by their names in the module; views.
+
+    Args:
+        module: its parameters need have no memory.
+        file: as `saved_tensors` names it.
+        tensors: all of the file's if it is of adapters; else any.
+    """
     if isinstance(module, ActorCritic):
-        for folder, part in module.folders:
-            load_saved(part, {file: files[f"{folder}{file}"] for file in saved_tensors(part)})
-        return
-    if isinstance(module, Distilled):
-        load_saved(module.student, files)
-        module.projections.load_state_dict(files[PROJECTIONS])
-        return
-    if adapters_of(module):
-        load_adapter_tensors(module, files[ADAPTERS])
-        return
-    whole, given = module.state_dict(), files[MODEL]
-    kept = {_place(t): name for name, t in _without_aliases(whole).items()}
-    module.load_state_dict({n: given[n if n in given else kept[_place(t)]] for n, t in whole.items()})
+        # The critic's folder is in the actor's, which is that of the checkpoint.
+        folder, part = next((f, p) for f, p in reversed(module.folders) if file.startswith(f))
+        inner = next(name for name, child in module.named_children() if child is part)
+        found = saved_values(part, file.removeprefix(folder), tensors)
+    elif isinstance(module, Distilled):
+        inner = "projections" if file == PROJECTIONS else "student"
+        found = iter(tensors.items()) if file == PROJECTIONS else saved_values(module.student, file, tensors)
+    elif file == ADAPTERS:
+        inner, found = "", adapter_values(module, tensors)
+    else:
+        inner = ""
+        known = isinstance(module, GPT | SequenceClassifier)
+        found = iter((from_disk(config_of(module), tensors) if known else tensors).items())
+    yield from ((f"{inner}.{name}".lstrip("."), value) for name, value in found)
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from llmkit.config import UserError
 from llmkit.model.adapters import adapter_heads, base_of, is_adapter, read_adapter
 from llmkit.model.config import GPTConfig, count_params
+from llmkit.model.first import give
 from llmkit.model.gpt import GPT
 from llmkit.model.heads import SequenceClassifier
 from llmkit.model.hf import read_config, read_json, read_labels
@@ -26,6 +28,9 @@ from llmkit.model.layouts import canonical_names, config_of, from_disk, to_disk
 from llmkit.model.quantization import QUANTIZED, Quantization, fill, quantization_of, stored_shapes
 
 MAX_TENSORS = 1_000_000
+_WINDOW = (
+    32 << 20
+)  # bytes of a file that are looked at before it is opened anew: what was read stays in memory until then
 # Tensors with a row for each token.
 _VOCABULARY: tuple[str, ...] = ("model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight")
 
@@ -57,15 +62,28 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, one at a time. Raises UserError if it is not one."""
+def read_tensors(file: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, or those of some names, one at a time.
+
+    They are views of the file: numbers are read where they are looked at, and leave memory with the last view of them.
+
+    Raises:
+        UserError: it is no such file.
+    """
     try:
-        with safe_open(file, framework="pt") as f:
-            names = list(f.keys())
-            if len(names) > MAX_TENSORS:
-                raise UserError(f"{file}: {len(names)} tensors: at most {MAX_TENSORS} are read")
-            for name in names:
-                yield name, f.get_tensor(name)
+        names: deque[str] | None = None
+        while names is None or names:
+            with safe_open(file, framework="pt") as f:
+                if names is None:
+                    names = deque(n for n in f.keys() if only is None or n in only)  # noqa: SIM118 - not a dict
+                if len(names) > MAX_TENSORS:
+                    raise UserError(f"{file}: {len(names)} tensors: at most {MAX_TENSORS} are read")
+                n_bytes = 0
+                while names and n_bytes < _WINDOW:
+                    name = names.popleft()
+                    tensor = f.get_tensor(name)
+                    n_bytes += tensor.nbytes
+                    yield name, tensor
     except UserError:
         raise
     except Exception as e:  # safetensors raises its own class, OSError and ValueError for malformed files
@@ -143,12 +161,12 @@ def _real_rows(folder: Path, rows: int) -> int:
         raise UserError(f"{file}: no tokenizer whose tokens could be counted: {e}") from None
 
 
-@torch.no_grad()
 def load_weights(
     model: nn.Module, folder: Path, *, n_tokens: int | None = None, may_lack: tuple[str, ...] = (),
     may_hold: tuple[str, ...] = (),
 ) -> LoadReport:  # fmt: skip
-    """Fills a model from a folder's safetensors; what of them doesn't fit is refused before anything is read.
+    """Fills a model from a folder's safetensors; what of them doesn't fit is refused before anything is read. While the
+    model has no memory, they wait (see `first`).
 
     An embedding with more rows than the folder's, as for a tokenizer to which tokens were added, is filled up with the
     mean of the rows that the folder's tokenizer uses; an untied head likewise.
@@ -185,41 +203,58 @@ def load_weights(
     fits = {n: (asked[n][0], *shape[1:]) if n in grown else shape for n, shape in found.items()}
     if wrong := misfits({n: shape for n, shape in asked.items() if n not in new}, fits):
         raise UserError("\n".join(f"{folder}: {line}" for line in wrong))
-    parameters, head = dict(model.named_parameters()), None
-    for file in files:
-        for at, tensor in read_tensors(file):
-            name = names.get(at)
-            if name is None or (name not in found and name != repeated):
-                continue
-            if not tensor.is_floating_point():
-                raise UserError(f"{file}: {at} is {tensor.dtype}: floating-point weights are expected")
-            if name == repeated:
-                head = tensor
-                continue
-            for own, piece in from_disk(config, {name: tensor}).items():
-                parameters[own][: len(piece)].copy_(piece)
-    if head is not None:
-        embedding = parameters["model.embed_tokens.weight"][: len(head)]
-        if not torch.equal(head.to(embedding), embedding):
-            raise UserError(
-                f"{folder}: config.json ties the embeddings, but lm_head.weight is another tensor than the embedding: "
-                "set tie_word_embeddings to false there to keep it"
-            )
-    resized = {}
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    resized: dict[str, tuple[int, int]] = {}
+    rows_of: dict[str, tuple[int, int]] = {}  # the same by our names
     if grown or n_tokens is not None:
         for name in (n for n in _VOCABULARY if n in found):
             old, rows = _real_rows(folder, found[name][0]), asked[name][0]
             if name in grown or old < (n_tokens or 0):
                 (own,) = from_disk(config, {name: torch.empty(1)})
-                p = parameters[own]
-                p[old:] = p[:old].mean(0, dtype=torch.promote_types(p.dtype, torch.float32)).to(p.dtype)
-                resized[name] = (old, rows)
+                resized[name] = rows_of[own] = old, rows
+
+    def stored(wanted: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for file in files:
+            for at, tensor in read_tensors(file, [at for at, name in names.items() if name in wanted]):
+                if not tensor.is_floating_point():
+                    raise UserError(f"{file}: {at} is {tensor.dtype}: floating-point weights are expected")
+                yield from from_disk(config, {names[at]: tensor}).items()
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        whole = set() if adapter is None else set(adapter.whole)
+        for name, tensor in stored(found):
+            if repeated is not None and name == "model.embed_tokens.weight":
+                for _, head in stored([repeated]):
+                    _check_tied(folder, head.to(dtypes[name]), tensor.to(dtypes[name]))
+            if name in rows_of:
+                tensor = _filled_up(tensor.to(dtypes[name]), *rows_of[name])
+            yield name, tensor if adapter is None else adapter.apply(name, tensor.to(dtypes[name]))
+            whole.discard(name)
+        for name in whole:
+            assert adapter is not None
+            yield name, adapter.whole[name]
+
+    give(model, values)
     if adapter is None:
         return LoadReport(folder, tuple(found), resized, new)
-    for name in adapter.names:
-        parameters[name].copy_(adapter.apply(name, parameters[name]))
     new = tuple(name for name in new if name not in adapter.whole)
     return LoadReport(adapter.folder, tuple(found), resized, new, adapter.names)
+
+
+def _check_tied(folder: Path, head: Tensor, embedding: Tensor) -> None:
+    if not torch.equal(head, embedding[: len(head)]):
+        raise UserError(
+            f"{folder}: config.json ties the embeddings, but lm_head.weight is another tensor than the embedding: "
+            "set tie_word_embeddings to false there to keep it"
+        )
+
+
+def _filled_up(tensor: Tensor, old: int, rows: int) -> Tensor:
+    """A tensor of so many rows; those from `old` on are the mean of those before."""
+    out = tensor.new_empty(rows, *tensor.shape[1:])
+    out[: len(tensor)] = tensor
+    out[old:] = out[:old].mean(0, dtype=torch.promote_types(out.dtype, torch.float32)).to(out.dtype)
+    return out
 
 
 def _dtype_of(config: GPTConfig, file: Path) -> torch.dtype:

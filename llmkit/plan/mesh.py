@@ -146,6 +146,18 @@ def memory_of(job: Job, mesh: Mesh) -> Memory:
     return phases
 
 
+def host_bytes(job: Job, mesh: Mesh) -> float:
+    """Main memory that a rank's networks take before its GPU has them, in bytes: networks in parts are drawn or read one
+    tensor at a time, others are whole at first, in fp32."""
+    if mesh.shards * mesh.tensor == 1:
+        return 4.0 * sum(net.cost.n_params for net in job.nets)
+    widest = max(
+        net.model.d_model * max(net.model.vocab_size or 0, net.model.width_of_mlp, net.model.d_model)
+        for net in job.nets
+    )
+    return 2 * 4.0 * widest  # as it is read, and in another precision or with more rows
+
+
 def peak_of(memory: Memory) -> tuple[str, float]:
     """The phase that needs most, and its bytes."""
     return max(((phase, sum(parts.values())) for phase, parts in memory.items()), key=lambda found: found[1])

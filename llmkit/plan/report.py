@@ -8,7 +8,19 @@ from dataclasses import dataclass, replace
 from llmkit.config import UserError
 from llmkit.plan.clock import Clock, Step
 from llmkit.plan.job import Job
-from llmkit.plan.mesh import USABLE, Cluster, Memory, Mesh, easier, fits, memory_of, meshes, objection, peak_of
+from llmkit.plan.mesh import (
+    USABLE,
+    Cluster,
+    Memory,
+    Mesh,
+    easier,
+    fits,
+    host_bytes,
+    memory_of,
+    meshes,
+    objection,
+    peak_of,
+)
 
 _DAY = 86400.0
 _SHOWN = 5  # meshes in the table
@@ -108,9 +120,8 @@ def _memory_lines(job: Job, mesh: Mesh, memory: Memory, cluster: Cluster) -> Ite
     for phase, parts in memory.items():
         told = ", ".join(f"{name} {n / 1e9:.1f}" for name, n in parts.items() if n >= 5e7)
         yield f"memory       {sum(parts.values()) / 1e9:6.1f} GB a GPU in the phase '{phase}': {told}"
-    whole = 4 * sum(net.cost.n_params for net in job.nets)  # every process makes its networks whole, in fp32
     yield (
-        f"host         {cluster.per_node * whole / 1e9:,.0f} GB of main memory a node at the start, "
+        f"host         {cluster.per_node * host_bytes(job, mesh) / 1e9:,.0f} GB of main memory a node at the start, "
         f"{job.checkpoint_bytes / cluster.nodes / 1e9:,.1f} later to save from"
     )
     yield (

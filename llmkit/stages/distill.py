@@ -108,7 +108,7 @@ class DistillTask(Task):
     def _student(self, ctx: Context, rows: RowMaker) -> GPT:
         recipe = self.recipe
         if recipe.from_teacher is None:
-            return language_model(recipe, self.model_config, self.tokenizer.vocab_size, ctx.log.say)
+            return language_model(recipe, self.model_config, self.tokenizer.vocab_size, ctx.ranks, ctx.log.say)
         exact = {"shard_teacher": False, "teacher_precision": "fp64" if recipe.precision == "fp64" else "fp32"}
         teacher = load_teacher(recipe.model_copy(update=exact), Ranks(device=ctx.ranks.device))
         student = pruned(teacher, recipe.from_teacher, self._seen(rows, ctx.ranks.device))

@@ -31,7 +31,7 @@ from llmkit.rollout.answers import AnswerEval
 from llmkit.stages.recipes import DPORecipe
 from llmkit.storage import resolve_model
 from llmkit.tokenizer import Tokenizer
-from llmkit.training.dist import pick_device
+from llmkit.training.dist import Ranks, pick_device
 from llmkit.training.engine import PRECISIONS, Engine, Metrics, seed_of
 from llmkit.training.jobs import parts_of, supervised_job
 from llmkit.training.loop import Context, Outcome, Stop, train
@@ -102,7 +102,7 @@ class DPOTask(Task):
 
     def build(self, ctx: Context) -> nn.Module:
         recipe = self.recipe
-        model = language_model(recipe, self.model_config, self.tokenizer.vocab_size, ctx.log.say)
+        model = language_model(recipe, self.model_config, self.tokenizer.vocab_size, ctx.ranks, ctx.log.say)
         self.loader = self.open_rows(ctx)
         if recipe.eval.answers is not None:
             self.answers = AnswerEval(
@@ -365,7 +365,7 @@ def _reference_model(recipe: DPORecipe, config: GPTConfig, tokenizer: Tokenizer,
     """The policy as it starts, adapters and all, unless the recipe names another model."""
     if recipe.reference is not None:
         return load_model(resolve_model(recipe.reference), PRECISIONS[recipe.precision], device)
-    model = language_model(recipe, config, tokenizer.vocab_size, lambda line: None)
+    model = language_model(recipe, config, tokenizer.vocab_size, Ranks(device=device), lambda line: None)
     return model.to(device=device, dtype=PRECISIONS[recipe.precision]).eval().requires_grad_(False)
 
 

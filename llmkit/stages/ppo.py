@@ -27,7 +27,7 @@ from llmkit.training.engine import Engine, Metrics, seed_of
 from llmkit.training.loop import Context, Outcome
 from llmkit.training.optim import Part
 from llmkit.training.policy import PolicyTask, prepare_policy, run_policy
-from llmkit.training.setup import adapt, refuse_other_tokenizer
+from llmkit.training.setup import adapt, refuse_other_tokenizer, where_built
 
 ACTOR, CRITIC = "actor.", "critic."
 
@@ -72,7 +72,8 @@ class PPOTask(PolicyTask):
             shape = read_config(folder)
             rows = max(shape.vocab_size or 0, self.model_config.vocab_size or 0)
             self.critic_config = shape.model_copy(update={"dropout": 0.0, "vocab_size": rows})
-        critic = SequenceClassifier(self.critic_config, 1, recipe.activation_checkpointing)
+        with where_built(recipe, ctx.ranks):
+            critic = SequenceClassifier(self.critic_config, 1, recipe.activation_checkpointing)
         if source is None:
             init_weights(critic, recipe.seed)
             init_head(critic, seed_of(recipe.seed, "critic"), zero=True)

@@ -88,7 +88,7 @@ class PretrainTask(Task):
 
     def build(self, ctx: Context) -> nn.Module:
         recipe, config = self.recipe, self.model_config
-        model = language_model(recipe, config, self.tokenizer.vocab_size, ctx.log.say)
+        model = language_model(recipe, config, self.tokenizer.vocab_size, ctx.ranks, ctx.log.say)
         self.loader = self.open_rows(ctx)
         self.held_out = {"valid": self.data.valid, "test": self.data.test}
         self.bytes_of_token: Tensor = byte_lengths(self.tokenizer, config.vocab_size or 0)

@@ -42,6 +42,7 @@ from llmkit.training.setup import (
     row_len,
     rows_per_step,
     tokenizer_of,
+    where_built,
 )
 from llmkit.training.supervised import held_out, supervised_step
 
@@ -78,7 +79,8 @@ class RewardTask(Task):
 
     def build(self, ctx: Context) -> nn.Module:
         recipe, config = self.recipe, self.model_config
-        model = SequenceClassifier(config, self.judging.n_scores, recipe.activation_checkpointing)
+        with where_built(recipe, ctx.ranks):
+            model = SequenceClassifier(config, self.judging.n_scores, recipe.activation_checkpointing)
         if recipe.init_from is None:
             init_weights(model, recipe.seed)
         init_head(model, seed_of(recipe.seed, "head"))

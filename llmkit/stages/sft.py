@@ -110,7 +110,7 @@ class SftTask(Task):
 
     def build(self, ctx: Context) -> nn.Module:
         recipe, config = self.recipe, self.model_config
-        model = language_model(recipe, config, self.tokenizer.vocab_size, ctx.log.say)
+        model = language_model(recipe, config, self.tokenizer.vocab_size, ctx.ranks, ctx.log.say)
         if recipe.neftune_alpha is not None:
             self.loss_fn = EmbeddingNoise(model, recipe.neftune_alpha).around(self.loss_fn)
         self.loader = self.open_rows(ctx)

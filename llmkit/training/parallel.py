@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.config import UserError
+from llmkit.model.first import Values, pending_of
 from llmkit.model.gpt import GPT, Block, Decoder, parallel_plan
 from llmkit.model.heads import SequenceClassifier
 from llmkit.model.lora import LoraLinear, adapters_of, row_squares
@@ -224,7 +225,9 @@ class Split:
         """Spreads the module in place.
 
         Args:
-            module: with its weights, whole, the same in every process, on the CPU.
+            module: its networks each with their weights, whole, the same in every process, on the CPU; or on the meta
+                device, with first values that wait (see `model.first`): those are made one tensor at a time, and of each
+                this process keeps its piece.
             config: the recipe, for `parallel`, and what does not go with it.
             ranks: this process's place.
             dtype: what is computed in.
@@ -235,6 +238,7 @@ class Split:
         """
         _refuse(module, config, ranks)
         self.ranks, self.dtype = ranks, dtype
+        first = _Pending(module)
         self.skeleton = skeleton_of(module, dtype)
         self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
         self.sharded: set[str] = set()
@@ -242,7 +246,9 @@ class Split:
         cut, self.partial = _share_rows(module, ranks) if ranks.tensor > 1 else ({}, set())
         self.owners = share_experts(module, ranks) if ranks.experts > 1 else {}
         """Experts' parameters: the place of the ranks that hold them."""
-        module.to(device=ranks.device)
+        for p in module.parameters():
+            if not p.is_meta:
+                p.data = p.data.to(ranks.device)
         self._models: list[Any] = []
         shares = 1
         if config.parallel.shard != "none":
@@ -268,6 +274,7 @@ class Split:
             name: [self._piece(name, cut.get(name), shares if name in self.sharded else 1, m) for m in range(self.size)]
             for name in self.shapes
         }
+        first.keep_pieces(self, ranks.device)
         for name, p in module.named_parameters():
             held = local(p)
             assert held.shape == torch.empty(self.shapes[name], device="meta")[self.index(name)].shape, name
@@ -381,6 +388,36 @@ class Split:
             wholes[name] = found.clone() if found.data_ptr() == piece.data_ptr() else found
         fill(module, wholes)
         return module.eval().requires_grad_(False)
+
+
+class _Pending:
+    """The first values of networks without memory."""
+
+    def __init__(self, module: nn.Module):
+        """Takes them out of a module that is still whole."""
+        self._module = module
+        self._dtypes = {name: p.dtype for name, p in module.named_parameters() if p.is_meta}
+        """What values are rounded to first."""
+        self._values: list[tuple[str, Values]] = []
+        for name, model in module.named_modules():
+            if isinstance(model, GPT | SequenceClassifier):
+                self._values += [(f"{name}." if name else "", values) for values in pending_of(model)]
+                pending_of(model).clear()
+
+    @torch.no_grad()
+    def keep_pieces(self, split: Split, device: torch.device) -> None:
+        """Gives the module, which is cut up by now, memory and this process's pieces."""
+        for model in _models(self._module):
+            if any(p.is_meta for p in model.parameters()):
+                model.to_empty(device=device)
+        pieces = {name: local(p) for name, p in self._module.named_parameters() if name in self._dtypes}
+        left = set(pieces)
+        for prefix, values in self._values:
+            for name, value in values():
+                own = prefix + name
+                pieces[own].copy_(value[split.index(own)].to(self._dtypes[own]))
+                left.discard(own)
+        assert not left, f"{min(left)} has no initial value"
 
 
 def _group(size: int, ranks: Ranks) -> Any:

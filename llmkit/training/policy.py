@@ -148,7 +148,7 @@ class PolicyTask(Task):
         recipe = self.recipe
         assert self.rewards is not None
         self.environment = environment_of(recipe.environment, self.tokenizer)
-        actor = language_model(recipe, self.model_config, self.tokenizer.vocab_size, ctx.log.say)
+        actor = language_model(recipe, self.model_config, self.tokenizer.vocab_size, ctx.ranks, ctx.log.say)
         module = self.network(actor, ctx)
         self.reference = (
             reference_of(recipe, actor, recipe.reference, self.tokenizer, ctx.ranks) if self.needs_reference else None

@@ -19,6 +19,7 @@ from llmkit.data.texts import obtain_tokenizer
 from llmkit.model.adapters import base_named, refuse_other_base
 from llmkit.model.config import GPTConfig
 from llmkit.model.context import Context
+from llmkit.model.first import make
 from llmkit.model.gpt import GPT, init_weights
 from llmkit.model.hf import read_config
 from llmkit.model.lora import adapter_size, adapters_of, apply_lora, describe, heads_of, without_adapters
@@ -31,6 +32,7 @@ from llmkit.training.dist import Ranks, pick_device
 from llmkit.training.engine import PRECISIONS, seed_of
 from llmkit.training.freeze import frozen_names
 from llmkit.training.optim import hidden_matrices
+from llmkit.training.parallel import is_spread
 
 # Fields of `model` that may differ from the old model's with `init_from`: no weight changes its meaning with them.
 _FREE = {
@@ -195,9 +197,21 @@ def context_of(ranks: Ranks) -> Context | None:
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-def language_model(recipe: ModelRecipe, config: GPTConfig, n_tokens: int, say: Callable[[str], None]) -> GPT:
+def where_built(recipe: ModelRecipe, ranks: Ranks) -> AbstractContextManager[Any]:
+    """Where a network is built that is to be trained: on the CPU, or, if it will be spread over processes, without memory.
+
+    A base in 4 bits is packed when it has its weights; `Split` refuses it.
+    """
+    packed = recipe.lora is not None and recipe.lora.quantize is not None
+    return torch.device("meta") if is_spread(recipe.parallel, ranks) and not packed else nullcontext()
+
+
+def language_model(
+    recipe: ModelRecipe, config: GPTConfig, n_tokens: int, ranks: Ranks, say: Callable[[str], None]
+) -> GPT:
     """The network to be trained, with its first weights: drawn, or those of init_from; with `lora` beside adapters."""
-    model = GPT(config, recipe.activation_checkpointing)
+    with where_built(recipe, ranks):
+        model = GPT(config, recipe.activation_checkpointing)
     if recipe.init_from is None:
         init_weights(model, recipe.seed)
     else:
@@ -268,7 +282,9 @@ def reference_of(recipe: ModelRecipe, actor: GPT, path: str | None, tokenizer: T
         return adapters_off
     dtype = PRECISIONS[recipe.precision]
     if path is None:
-        model = copy.deepcopy(actor).to(device=ranks.device, dtype=dtype).eval().requires_grad_(False)
+        model = copy.deepcopy(actor)
+        make(model, ranks.device, dtype)
+        model.eval().requires_grad_(False)
     else:
         refuse_other_tokenizer(resolve_model(path), tokenizer, f"reference ({path})")
         model = frozen_model(path, ranks.device, recipe.precision)

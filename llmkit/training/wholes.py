@@ -13,11 +13,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from llmkit.model.saving import ADAPTERS, load_saved, saved_parameters, saved_tensors
-from llmkit.model.weights import read_tensors
+from llmkit.model.saving import ADAPTERS, saved_parameters, saved_tensors, saved_values
+from llmkit.model.weights import read_tensors, shapes_of
 from llmkit.training.checkpoint import MAX_SHARD_BYTES, Tensors, index_of, whole_name
 from llmkit.training.norms import layers_of
 from llmkit.training.optim import tensor_bytes
@@ -151,8 +150,8 @@ class Wholes:
 
     @torch.no_grad()
     def load(self, folder: Path, but: Collection[str] = ()) -> None:
-        """Fills this process's pieces from a checkpoint's folder, of any mesh; of optimizer, masters and average only the
-        pieces are read.
+        """Fills this process's pieces from a checkpoint's folder, of any mesh, a tensor at a time: no more than the pieces is
+        read.
 
         Args:
             folder: verified.
@@ -169,13 +168,14 @@ class Wholes:
         extra = sorted(found.keys() - model - self.states.keys())
         if extra:
             raise ValueError(f"{extra[0]}: in the checkpoint only")
-        whole = copy.deepcopy(self.split.skeleton).to_empty(device="cpu")
-        given = {file: dict(pair for path in found[file] for pair in read_tensors(path)) for file in model}
-        check_shapes(saved_tensors(whole), given)
-        load_saved(whole, given)
-        for name, p in whole.named_parameters():
-            if name in self.held:
-                self.weights[name].copy_(p[self.split.index(name)])
+        for file in model:
+            own = {n: tuple(t.shape) for (f, n), t in self.sizes.items() if f == file}
+            check_shapes(file, own, shapes_of(found[file]))
+            stored = (pair for path in found[file] for pair in read_tensors(path))
+            # A tensor after the other: but adapters, which are few, share matrices on disk.
+            for tensors in [dict(stored)] if _is_adapters(file) else ({name: t} for name, t in stored):
+                for name, value in saved_values(self.split.skeleton, file, tensors):
+                    self.weights[name].copy_(value[self.split.index(name)].to(self.split.dtype))
         for file, tensors in self.states.items():  # masters after the weights, which are they, rounded
             self._load_state(file, tensors, found[file])
 
@@ -183,17 +183,15 @@ class Wholes:
         missing = dict(tensors)
         owned = {name: own for own, of in self._of[file].items() for name, _ in of}
         for path in paths:
-            with safe_open(path, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    piece = missing.pop(name, None)
-                    shape = () if piece is None or not piece.dim() else self.split.shapes[owned[name]]
-                    given = opened.get_slice(name)
-                    if piece is None or tuple(given.get_shape()) != shape:
-                        raise ValueError(
-                            f"{file}: {name}: {tuple(given.get_shape())} is saved, "
-                            f"{'nothing' if piece is None else shape} is expected"
-                        )
-                    piece.copy_(given[self.split.index(owned[name])] if shape else opened.get_tensor(name))
+            for name, given in read_tensors(path):
+                piece = missing.pop(name, None)
+                shape = () if piece is None or not piece.dim() else self.split.shapes[owned[name]]
+                if piece is None or tuple(given.shape) != shape:
+                    raise ValueError(
+                        f"{file}: {name}: {tuple(given.shape)} is saved, "
+                        f"{'nothing' if piece is None else shape} is expected"
+                    )
+                piece.copy_(given[self.split.index(owned[name])] if shape else given)
         if missing:
             raise ValueError(f"{file}: {next(iter(missing))}: nothing is saved")
 
@@ -203,16 +201,12 @@ def _is_adapters(file: str) -> bool:
     return file.rpartition("/")[2] == ADAPTERS
 
 
-def check_shapes(own: dict[str, Tensors], given: dict[str, Tensors]) -> None:
+def check_shapes(file: str, own: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]]) -> None:
     """Raises ValueError naming the first tensor of a model that is missing, unknown or of another shape."""
-    for file, mine in own.items():
-        for name in [*mine, *given[file]]:
-            a, b = mine.get(name), given[file].get(name)
-            if a is None or b is None or a.shape != b.shape:
-                raise ValueError(
-                    f"{file}: {name}: {'nothing' if b is None else tuple(b.shape)} is saved, "
-                    f"{'nothing' if a is None else tuple(a.shape)} is expected"
-                )
+    for name in [*own, *given]:
+        saved, expected = given.get(name, "nothing"), own.get(name, "nothing")
+        if saved != expected:
+            raise ValueError(f"{file}: {name}: {saved} is saved, {expected} is expected")
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:

@@ -23,7 +23,6 @@ from llmkit.model.adapters import (
     base_named,
     base_of,
     is_adapter,
-    load_adapter_tensors,
 )
 from llmkit.model.config import ExpertsConfig, GPTConfig, LoraConfig
 from llmkit.model.files import model_files
@@ -328,7 +327,10 @@ def test_a_layer_is_pefts(options, dropout):
 
     torch.manual_seed(0)
     linear = nn.Linear(12, 10).double()
-    layer = LoraLinear(linear, LoraConfig(r=3, alpha=4.0, dropout=dropout, **options), HERE, torch.Generator())
+    layer = LoraLinear(linear, LoraConfig(r=3, alpha=4.0, dropout=dropout, **options), HERE)
+    for name, p in layer.named_parameters():
+        if "lora_" in name:
+            p.data.fill_("magnitude" in name)
     noise(p for n, p in layer.named_parameters() if "lora_" in n)
     told = {f"use_{name}": value for name, value in options.items()}
     their = Linear(
@@ -443,14 +445,14 @@ def test_tensors_there_and_back(family, kind):
     model, other = (adapted(plain(family, dtype=torch.bfloat16), **KINDS[kind]) for _ in range(2))
     noise((p for p in other.parameters() if p.requires_grad), seed=11)
     saved = {n: t.clone() for n, t in adapter_tensors(model).items()}
-    load_adapter_tensors(other, saved)
+    load_saved(other, {WEIGHTS: saved})
     for (name, mine), (_, theirs) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(mine, theirs), name
     name = next(iter(saved))
     with pytest.raises(ValueError, match="lora_A"):
-        load_adapter_tensors(other, {**saved, name: saved[name][1:]})
+        load_saved(other, {WEIGHTS: {**saved, name: saved[name][1:]}})
     with pytest.raises(ValueError, match="nothing"):
-        load_adapter_tensors(other, {n: t for n, t in saved.items() if n != name})
+        load_saved(other, {WEIGHTS: {n: t for n, t in saved.items() if n != name}})
 
 
 def test_an_actor_and_its_critic():
@@ -577,7 +579,7 @@ def test_quantised_base():
             assert (packed.dense() - target).abs().max() < 0.2 * target.abs().max()
             target.copy_(packed.dense())
     dense = adapted(dense, **{**config, "quantize": None})
-    load_adapter_tensors(dense, adapter_tensors(model))
+    load_saved(dense, {WEIGHTS: adapter_tensors(model)})
     for one in (model, dense):
         logits(one).logsumexp(-1).sum().backward()
     assert (logits(model) - logits(dense)).abs().max() < 1e-4
