@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from docs_world import copy_of, environment, run, the_world
+from ports import free_port
 from test_docs import COMMANDS, Command
 from test_readme import blocks, run_blocks
 
@@ -31,12 +31,6 @@ PAGES = sorted({c.page for c in COMMANDS})
 MANY = 12  # a page with more commands is run section by section: none needs what another section made
 # Longest first, so that no process is left alone with a long one.
 PARTS = Counter((c.page, c.section if sum(d.page == c.page for d in COMMANDS) > MANY else "") for c in COMMANDS)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 READMES = ("README.md", "README.zh-CN.md")  # their blocks use loops and pipes, so a shell runs them as they are

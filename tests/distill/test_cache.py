@@ -7,7 +7,6 @@ import multiprocessing as mp
 import os
 import random
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 
 from llmkit import storage
@@ -397,9 +397,7 @@ def test_ranks_stop_together(tmp_path: Path) -> None:
 
 def on_ranks(work: Callable[[Ranks], Any]) -> list[int]:
     """Exit codes of two gloo ranks that do `work`."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
 
     def child(rank: int) -> None:
         os.environ.update(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ports import free_port
 from safetensors.torch import load_file, save_file
 from test_hf import IDS, silence
 from torch import Tensor, nn
@@ -479,9 +479,7 @@ def _child(rank: int, world: int, port: int, out: str) -> None:
 
 def test_two_ranks_are_one():
     """B3: the same load, metrics and weights."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as out:
         mp.spawn(_child, (2, port, out), nprocs=2)
         results = [torch.load(f"{out}/{rank}", weights_only=False) for rank in range(2)]

@@ -4,12 +4,12 @@ one rank. Also where a rank has no prompt at all."""
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from safetensors.torch import load_file, save_file
 
 from llmkit.model.config import GPTConfig
@@ -73,9 +73,7 @@ def _child(rank: int, port: int, out: str) -> None:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What three ranks made of each set of prompts."""
     folder = tmp_path_factory.mktemp("ragged")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     mp.spawn(_child, (port, str(folder)), nprocs=WORLD)
     return folder
 

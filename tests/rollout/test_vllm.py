@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
+from ports import free_port
 from safetensors.torch import load_file, save_file
 
 from llmkit.cli import main
@@ -512,9 +512,7 @@ def test_each_rank_has_an_engine(
     one = toy("grpo", "one", **changes)
     two = toy("grpo", "two", **changes, parallel={"shard": shard})
     assert main(["train", str(one)]) == 0
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     mp.spawn(_child, (str(two), port, str(tmp_path)), nprocs=2)
     for file in sorted((tmp_path / "one" / "rollouts").glob("*.jsonl")):
         a, b = (
@@ -551,9 +549,7 @@ def _failing(rank: int, recipe: str, port: int, folder: str) -> None:
 def test_an_engine_that_fails_ends_all_ranks(toy: Callable[..., Path], tmp_path: Path) -> None:
     """The other rank, whose answers are done, does not wait for ever; and no weights are left in memory."""
     file = toy("grpo", steps=3, eval={"every": None}, rollout={"vllm": {"folder": str(tmp_path / "there")}})
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     mp.spawn(_failing, (str(file), port, str(tmp_path)), nprocs=2)
     assert [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
     assert not list(tmp_path.glob("there/**/*.safetensors*"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from hub import PARAMETERS, stand_in
+from ports import free_port
 from posttraining import tiny_model, tiny_stage, tiny_world
 from reliability import read_jsonl, train
 from safetensors import safe_open
@@ -257,9 +257,7 @@ def test_a_teacher_spread_over_ranks(world: Path) -> None:
     changes = {"precision": "fp64", "steps": 6, "on_policy_frac": 0.5, "losses": [{"kind": "soft"}, {"kind": "hidden"}]}
     assert train(distill(world, "whole", **changes)) == 0
     file = distill(world, "spread", shard_teacher=True, **changes)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     place = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "llmkit.cli", "train", str(file)]
     children = [

@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ports import free_port
 from safetensors.numpy import load_file as load_arrays, save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from test_objectives import Quiet, evaluations, same_run
@@ -243,9 +243,7 @@ def test_a_stopped_run_ends_with_the_same_bits(world: Path, tmp_path: Path, loss
 
 
 def on_two_ranks(file: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "import sys; from llmkit.cli import main; sys.exit(main(['train', sys.argv[1]]))"]
     children = [

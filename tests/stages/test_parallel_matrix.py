@@ -6,7 +6,6 @@ The campaign prints the table of docs/parallel.md. In fp64, so that what is left
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import transformers
+from ports import free_port
 from posttraining import ONLINE, STAGES, tiny_stage, tiny_world
 from reliability import read_jsonl, tiny_recipe, train
 
@@ -57,12 +57,6 @@ def _child(process: int, world: int, recipe: str, port: int) -> None:
     place = {"RANK": process, "WORLD_SIZE": world, "LOCAL_RANK": process, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({key: str(value) for key, value in {**place, "MASTER_PORT": port}.items()})
     assert train(Path(recipe)) == 0, recipe
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def on_processes(world: int, recipe: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from posttraining import STAGES, tiny_world
 from reliability import read_jsonl, train
-from test_parallel_matrix import SPREADS, free_port, on_processes, recipe_of
+from test_parallel_matrix import SPREADS, on_processes, recipe_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

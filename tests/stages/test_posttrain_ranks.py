@@ -6,12 +6,12 @@ In fp64, so that what is left is the rounding of sums, and a mistake of logic wo
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from posttraining import ONLINE, STAGES, tiny_stage, tiny_world
 from reliability import read_jsonl, train
 from safetensors.torch import load_file
@@ -33,11 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             recipes[stage, n] = tiny_stage(folder, stage, f"{stage}-{n}", precision="fp64", steps=STEPS)
     for stage in STAGES:
         assert train(recipes[stage, 1]) == 0
-    ports = []
-    for _ in STAGES:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            ports.append(s.getsockname()[1])
+    ports = [free_port() for _ in STAGES]
     mp.spawn(_child, ([str(recipes[stage, 2]) for stage in STAGES], ports), nprocs=2)
     return folder
 

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ports import free_port
 from safetensors.torch import load_file
 from test_objectives import Quiet, evaluations, same_run
 
@@ -276,9 +276,7 @@ def test_micro_batches_and_ranks_change_nothing(world: Path, tmp_path: Path) -> 
     assert train(recipe(world, whole, **changes, batch={"micro_tokens": 1 << 20})) == 0
     assert train(recipe(world, pieces, **changes, batch={"micro_tokens": 128})) == 0
     file = recipe(world, ranks, **changes, batch={"micro_tokens": 512})
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "import sys; from llmkit.cli import main; sys.exit(main(['train', sys.argv[1]]))"]
     children = [

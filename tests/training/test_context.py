@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from test_parallel import GPT2, files_of, save, told
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,11 +138,7 @@ def _child(process: int, world: int, ports: list[int], jobs: list[Job], folder: 
 
 def on_processes(world: int, jobs: list[Job], folder: Path) -> None:
     """Jobs one after the other, each in a process group of its own."""
-    ports = []
-    for _ in jobs:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            ports.append(s.getsockname()[1])
+    ports = [free_port() for _ in jobs]
     mp.spawn(_child, (world, ports, jobs, folder), nprocs=world)
 
 

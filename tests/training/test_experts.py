@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from safetensors.torch import load_file, save_file
 from test_parallel import LORA, MOE, MUON, Job, files_of, on_processes, run, told
 from toys import largest_difference, recipe, same_bits, tiny_gpt, uneven_documents, write_shards
@@ -192,9 +192,7 @@ def _layer_child(rank: int, port: int, out: str) -> None:
 @pytest.fixture(scope="module")
 def layers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], ...]:
     path = tmp_path_factory.mktemp("layer")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     mp.spawn(_layer_child, (port, str(path)), nprocs=2)
     return tuple(load_file(path / f"{rank}.safetensors") for rank in range(2))
 

@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import platform
-import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from test_parallel import GPT2, MOE, QWEN, save
 from torch import nn
 from toys import recipe, tiny_gpt
@@ -235,11 +235,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, A
     init_weights(big, 1)
     write_model(folder / "big", big, GPTConfig(**BIG))
     save(Engine(big, recipe("fp32", name="sgd")), Ranks(), Team(Ranks()), folder / "run")
-    ports = []
-    for _ in range(2):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            ports.append(s.getsockname()[1])
+    ports = [free_port() for _ in range(2)]
     mp.spawn(_child, (ports, folder), nprocs=4)
     return {n: [json.loads((folder / f"{n}-{p}.json").read_text()) for p in range(4)] for n in (1, 2)}
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from reliability import (
     Crash,
     ShimDisk,
@@ -403,9 +403,7 @@ def _rank(rank: int, world: int, port: int, path: str) -> None:
 def test_all_ranks_decide_alike(world: Path) -> None:
     """D8: what one rank sees in its own data, all go back from together, at the same steps as one process does."""
     path, run = guard_recipe(world, "ranks", "rollback", batch={"micro_tokens": 64})
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     mp.spawn(_rank, (2, port, str(path)), nprocs=2)
     told = [[r["guard"] for r in read_jsonl(r / "metrics.jsonl") if "guard" in r] for r in (run, world / "rollback")]
     assert [{**e, "why": ""} for e in told[0]] == [{**e, "why": ""} for e in told[1]] and len(told[0]) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from torch import Tensor
 from toys import (
     VOCAB,
@@ -60,9 +60,7 @@ def _child(rank: int, world: int, port: int, work: Callable[..., Any], out: str,
 
 def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """What `work(ranks, *args)` returns on each of `world` gloo ranks."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as out:
         mp.spawn(_child, (world, port, work, out, args), nprocs=world)
         return [torch.load(f"{out}/{r}", weights_only=False) for r in range(world)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from safetensors.torch import load_file, save_file
 from test_context import Alive
 from test_parallel import DORA, GPT2, QWEN, told
@@ -167,11 +167,7 @@ def _child(process: int, world: int, ports: list[int], jobs: list[Job], folder: 
 
 
 def on_processes(world: int, jobs: list[Job], folder: Path) -> None:
-    ports = []
-    for _ in jobs:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            ports.append(s.getsockname()[1])
+    ports = [free_port() for _ in jobs]
     mp.spawn(_child, (world, ports, jobs, folder), nprocs=world)
 
 
