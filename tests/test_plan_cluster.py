@@ -13,7 +13,7 @@ from llmkit.cli import main
 from llmkit.config import UserError
 from llmkit.model.config import GPTConfig, count_params
 from llmkit.plan.clock import Clock
-from llmkit.plan.cost import cost_of
+from llmkit.plan.cost import block_bytes, cost_of
 from llmkit.plan.gpus import GPUS, recognised
 from llmkit.plan.job import Job, Net, Pass
 from llmkit.plan.mesh import (
@@ -190,6 +190,21 @@ def test_meshes_of_experts_are_suggested() -> None:
 def test_experts_that_can_t_be_shared_out(model: GPTConfig, mesh: Mesh, said: str) -> None:
     told = objection(job(model, 64), mesh)
     assert told is not None and said in told
+
+
+def test_ranks_that_compute_rows_together() -> None:
+    """Of activations each has a share, but for what leaves the network; messages as tests/training/test_sequence.py counts."""
+    planned = job(llama("8b"), 64)
+    model = planned.nets[0].model
+    assert block_bytes(model, 8192, "bf16", "cuda", 4) == block_bytes(model, 8192, "bf16", "cuda") / 4
+    together = Mesh(64, "full", tensor=4)
+    one, four = (memory_of(planned, mesh)["update"]["activations"] for mesh in (Mesh(64, "full"), together))
+    assert one / 4 < four < 0.6 * one
+    kept, again = (
+        Clock(replace(planned, recompute=recompute), together, cluster("h100", 8)).step().messages["tensor"]
+        for recompute in (False, True)
+    )
+    assert again == pytest.approx(kept * 11 / 10)
 
 
 def test_messages_between_nodes_are_slower() -> None:

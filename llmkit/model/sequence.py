@@ -32,7 +32,7 @@ def _done(sent: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """Which positions of the residual stream are this process's. All methods but `own` and `dropout` are collectives."""
+    """Which positions of the residual stream are this process's. Methods are collectives, or their gradients are."""
 
     n: int
     """Processes that compute rows together."""
@@ -45,7 +45,7 @@ class SequenceParallel:
     whole rows until then. Needless where all of a block is computed again."""
 
     def own(self, x_BTD: Tensor) -> Tensor:
-        """This process's positions [P, D] of what is whole and the same for all; so is the gradient."""
+        """This process's positions [P, D] of what is whole and the same for all; its gradient is whole again."""
         out: Tensor = _Share.apply(x_BTD, self, False)
         return out
 
@@ -88,7 +88,8 @@ class SequenceParallel:
         """[N, P, D]: by whose the positions are."""
         x_MD = x_BTD.flatten(0, 1)
         missing = -x_MD.shape[0] % self.n
-        return F.pad(x_MD, (0, 0, 0, missing)).view(self.n, -1, x_MD.shape[-1])
+        x_MD = F.pad(x_MD, (0, 0, 0, missing)) if missing else x_MD
+        return x_MD.reshape(self.n, -1, x_MD.shape[-1])
 
     def _part(self, x_BTD: Tensor) -> Tensor:
         return self._padded(x_BTD)[self.place]
@@ -98,14 +99,12 @@ class SequenceParallel:
         return found[: B * T].view(B, T, -1)
 
     def _added(self, x_BTD: Tensor) -> Tensor:
-        # Sent as they are and added here, in the processes' order and in fp32: with gloo faster than its own sum by two to
-        # three, and no slower by its bytes elsewhere.
+        # Sent as they are and added here, in the processes' order and rounded once: the same bytes as a reduce-scatter, which
+        # gloo makes of a whole sum.
         x_NPD = self._padded(x_BTD)
-        each = [x_NPD.shape[1]] * self.n
-        sent_MD = x_NPD.flatten(0, 1).contiguous()
-        return (
-            _done(_collectives.all_to_all_single(sent_MD, each, each, self.group.group_name)).view(x_NPD.shape).sum(0)
-        )
+        sent_MD, each = x_NPD.flatten(0, 1).contiguous(), [x_NPD.shape[1]] * self.n
+        found_MD = _done(_collectives.all_to_all_single(sent_MD, each, each, self.group.group_name))
+        return found_MD.view(x_NPD.shape).sum(0)
 
 
 class _Whole(torch.autograd.Function):
@@ -115,9 +114,8 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, x_PD: Tensor, rows: SequenceParallel, B: int, T: int, partial: bool) -> Tensor:
         ctx.rows, ctx.partial = rows, partial
         found_BTD = rows._gathered(x_PD, B, T)
-        return (
-            found_BTD if partial else found_BTD.clone()
-        )  # what leaves the network is no view: it may be changed in place
+        # What leaves the network is no view: it may be changed in place.
+        return found_BTD if partial else found_BTD.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -189,8 +189,9 @@ class Clock:
         seconds = 0.0
         if t > 1:  # put together before attention and MLP, added up after them; nothing computes meanwhile
             each = rows * net.model.d_model * width * (t - 1) / t
-            # Twice forward and twice backward, where what entered is put together once more, or all is computed again.
-            times = 2 * (2 + 2 + (2 if self.job.recompute else 1))
+            # Four messages forward, four backward, and two for what is put together once more; where a block is computed
+            # again, all of its forward pass but the last.
+            times = 4 + 4 + (3 if self.job.recompute else 2)
             n_bytes = net.model.n_layers * each * times
             self._send("tensor", n_bytes * n_micro)
             seconds += n_bytes / self._rate(t, 1) + net.model.n_layers * times * _HOP_S

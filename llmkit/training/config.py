@@ -197,7 +197,8 @@ class ParallelConfig(Config):
     replicas: int | None = Field(None, ge=1)
     """hybrid: how many groups hold a whole model each. Default: one on every node."""
     tensor: int = Field(1, ge=1)
-    """Ranks that compute one row together, each with its share of heads and of the MLP's width: neighbours, of one node."""
+    """Ranks that compute one row together, each with its share of heads and of the MLP's width, and between those of the
+    positions (sequence parallelism, arXiv 2205.05198): neighbours, of one node."""
     context: int = Field(1, ge=1)
     """Ranks that share the positions of each row, for rows that are too long for one: neighbours. pretrain, sft, distill."""
     experts: int = Field(1, ge=1)

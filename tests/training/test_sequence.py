@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_context import Alive
 from test_parallel import DORA, GPT2, QWEN, told
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import VOCAB, largest_difference, recipe, tiny_gpt
 
 from llmkit.distill.layers import Taps
@@ -138,22 +139,33 @@ def run(ranks: Ranks, job: Job, folder: Path) -> None:
     for _ in range(2):
         batches = [Rows(torch.randint(VOCAB, (job.B, job.T), generator=generator)) for _ in range(2)]
         metrics.append(engine.update(batches[ranks.rank :: ranks.world], LOSSES[job.loss]))
-    kept = kept_bytes(engine.module, batches[0].ids_BT) if job.n_labels is None else 0
+    kept, n_sent = looked_at(engine.module, batches[0].ids_BT) if job.n_labels is None else (0, 0)
     with engine.replica() as module:
         weights = {n: p.detach().clone() for n, p in module.named_parameters()}
     if ranks.is_main:
         save_file(weights, folder / f"{job.name}.safetensors")
-        (folder / f"{job.name}.json").write_text(json.dumps({"train": metrics, "kept": kept}))
+        (folder / f"{job.name}.json").write_text(json.dumps({"train": metrics, "kept": kept, "sent": n_sent}))
 
 
-def kept_bytes(module: nn.Module, ids_BT: Tensor) -> int:
-    """What a forward pass in training leaves for the backward pass."""
+class Sent(TorchDispatchMode):
+    """Counts messages about positions."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func.name() in ("_c10d_functional::all_gather_into_tensor", "_c10d_functional::all_to_all_single")
+        return func(*args, **(kwargs or {}))
+
+
+def looked_at(module: nn.Module, ids_BT: Tensor) -> tuple[int, int]:
+    """What a forward pass in training leaves for the backward pass, in bytes, and how many messages both send."""
     module.train()
-    with Alive() as alive:
-        hidden_BTD = module(ids_BT)
-        found = alive.n_bytes
-    hidden_BTD.sum().backward()  # processes put positions together once more
-    return found
+    with Sent() as sent:
+        with Alive() as alive:
+            hidden_BTD = module(ids_BT)
+            found = alive.n_bytes
+        hidden_BTD.sum().backward()
+    return found, sent.n
 
 
 def _child(process: int, world: int, ports: list[int], jobs: list[Job], folder: Path) -> None:
@@ -234,3 +246,11 @@ def test_the_same_numbers(folder: Path, name: str) -> None:
 def test_a_share_of_the_memory(folder: Path, name: str, most: float) -> None:
     """No block keeps whole rows; what all have is the hidden states that leave the network, and the rotary tables."""
     assert told(folder, name)["kept"] < most * told(folder, f"{name}-alone")["kept"]
+
+
+@pytest.mark.parametrize(("name", "of_block"), [("long", 10), ("long four", 10), ("long again", 11)])
+def test_how_many_messages(folder: Path, name: str, of_block: int) -> None:
+    """Four forward, four backward, and two for what is put together once more; where a block is computed again, all of its
+    forward pass but the last. Around the blocks, one at either end. `llmkit plan` counts on it."""
+    assert told(folder, name)["sent"] == 4 * of_block + 2
+    assert told(folder, f"{name}-alone")["sent"] == 0
