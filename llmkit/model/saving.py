@@ -104,8 +104,7 @@ def saved_values(module: nn.Module, file: str, tensors: Tensors) -> Iterator[tup
     """
     if isinstance(module, ActorCritic):
         # The critic's folder is in the actor's, which is that of the checkpoint.
-        folder, part = next((f, p) for f, p in reversed(module.folders) if file.startswith(f))
-        inner = next(name for name, child in module.named_children() if child is part)
+        folder, inner, part = next(found for found in reversed(_parts(module)) if file.startswith(found[0]))
         found = saved_values(part, file.removeprefix(folder), tensors)
     elif isinstance(module, Distilled):
         inner = "projections" if file == PROJECTIONS else "student"
@@ -117,6 +116,39 @@ def saved_values(module: nn.Module, file: str, tensors: Tensors) -> Iterator[tup
         known = isinstance(module, GPT | SequenceClassifier)
         found = iter((from_disk(config_of(module), tensors) if known else tensors).items())
     yield from ((f"{inner}.{name}".lstrip("."), value) for name, value in found)
+
+
+def saved_part(module: nn.Module, parameters: Tensors) -> dict[str, Tensors]:
+    """File -> what `saved_tensors` would give of some parameters, by their names in a module without adapters.
+
+    Args:
+        module: its own parameters are not looked at.
+        parameters: of those that share a tensor on disk all or none.
+    """
+    if isinstance(module, ActorCritic):
+        return {
+            f"{folder}{file}": tensors
+            for folder, name, part in _parts(module)
+            for file, tensors in saved_part(part, _below(parameters, name)).items()
+        }
+    if isinstance(module, Distilled):
+        projections = _below(parameters, "projections")
+        files = saved_part(module.student, _below(parameters, "student"))
+        return {**files, PROJECTIONS: projections} if projections else files
+    known = isinstance(module, GPT | SequenceClassifier)
+    found = to_disk(config_of(module), parameters) if known else parameters
+    return {MODEL: found} if found else {}
+
+
+def _parts(module: ActorCritic) -> list[tuple[str, str, nn.Module]]:
+    """Folder, name in the module, and network."""
+    return [
+        (folder, name, part) for (folder, part), (name, _) in zip(module.folders, module.named_children(), strict=True)
+    ]
+
+
+def _below(parameters: Tensors, name: str) -> Tensors:
+    return {n.removeprefix(f"{name}."): t for n, t in parameters.items() if n.startswith(f"{name}.")}
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a model that is spread over processes: whole tensors are gathered, one at a time, each by its owner.
+"""Checkpoints of a model that is spread over processes: whole tensors are gathered, each by its owner.
 
 The files are those of one process, or parts of them: a folder is a plain Hugging Face model whatever the mesh it was
 trained on, and any number of processes, on any mesh, resumes it. A layer has one owner, which writes all that belongs to
@@ -9,20 +9,34 @@ their base nothing is gathered.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+import itertools
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmkit.model.saving import ADAPTERS, saved_parameters, saved_tensors, saved_values
+from llmkit.model.lora import adapters_of
+from llmkit.model.saving import ADAPTERS, saved_parameters, saved_part, saved_tensors, saved_values
 from llmkit.model.weights import read_tensors, shapes_of
 from llmkit.training.checkpoint import MAX_SHARD_BYTES, Tensors, index_of, whole_name
 from llmkit.training.norms import layers_of
 from llmkit.training.optim import tensor_bytes
-from llmkit.training.parallel import Split, fill
+from llmkit.training.parallel import Index, Split, fill
 
 Pieces = dict[str, Tensor]
+_BUCKET = 64 << 20  # bytes that a process gathers at once: so much more memory a save takes on its device
+
+
+class _Item(NamedTuple):
+    """A tensor of a checkpoint: a parameter's weight, or what belongs to it in another file."""
+
+    own: str
+    file: str | None = None
+    name: str = ""
 
 
 class Wholes:
@@ -59,6 +73,7 @@ class Wholes:
             0 if any(map(_is_adapters, files)) else owner for files, owner in zip(sizes, self.owners, strict=True)
         ]
         """Who gathers a layer's weights: its owner, or of adapters process 0."""
+        self._items = self._plan_items()
         self.names = self._name(sizes)
         """The file that a tensor stands in, by (file of one process, tensor)."""
 
@@ -114,30 +129,110 @@ class Wholes:
 
     @torch.no_grad()
     def gather(self) -> dict[str, Tensors]:
-        """This process's files, whole, in main memory. A collective of the processes that hold one model."""
+        """This process's files, whole, in main memory. A collective of the processes that hold one model; where several
+        groups hold one each, the first one's."""
         out: dict[str, Tensors] = {}
-        member = self.split.member
-        for unit, owner, writer in zip(self.units, self.owners, self.writers, strict=True):
-            whole: Pieces = {}
-            files: dict[str, Tensors] = {}
-            for own in unit:
-                if own in self._looked_at:
-                    found = self.split.whole(own, self.weights[own].to(self.split.dtype), to=writer)
-                    if found is not None and member == writer:
-                        whole[own] = found.to("cpu", copy=True)
-                for file, of in self._of.items():
-                    for name, t in of.get(own, ()):
-                        state = self.split.whole(own, t, to=owner) if t.dim() else t
-                        if state is not None and member == owner:
-                            files.setdefault(file, {})[name] = state.to("cpu", copy=True)
-            if whole:
-                files |= _saved(self.split.skeleton, whole)
+        if self.split.replica_number:
+            return out
+        mine: dict[_Item, Tensor] = {}
+        for items in itertools.zip_longest(*map(self._buckets, self._items), fillvalue=[]):
+            mine |= self._exchange(list(items))
+        for unit in self.units:
+            # Weights are taken out: where the layout on disk differs, what they are converted to takes their place.
+            whole = {own: mine.pop(item) for own in unit if (item := _Item(own)) in mine}
+            files = _saved(self.split.skeleton, whole) if whole else {}
+            for file, of in self._of.items():
+                states = (_Item(own, file, name) for own in unit for name, _ in of.get(own, ()))
+                files[file] = {item.name: mine[item] for item in states if item in mine}
             for file, tensors in files.items():
                 for name, t in tensors.items():
                     out.setdefault(self.names[file, name], {})[name] = t
         if self.split.member == 0:
             out |= {file: {} for file, tensors in self.states.items() if not tensors}
-        return out if self.split.replica_number == 0 else {}
+        return out
+
+    def _plan_items(self) -> list[list[_Item]]:
+        """What each process gathers, in order."""
+        items: list[list[_Item]] = [[] for _ in range(self.split.size)]
+        for unit, owner, writer in zip(self.units, self.owners, self.writers, strict=True):
+            for own in unit:
+                if own in self._looked_at:
+                    items[writer].append(_Item(own))
+                for file, of in self._of.items():
+                    items[owner] += [_Item(own, file, name) for name, _ in of.get(own, ())]
+        return items
+
+    def _buckets(self, items: list[_Item]) -> list[list[_Item]]:
+        """Parts of about `_BUCKET` bytes, or of one tensor."""
+        buckets: list[list[_Item]] = []
+        filled = 0
+        for item in items:
+            size = math.prod(self._shape(item)) * self._piece(item)[1].itemsize
+            if not buckets or filled + size > _BUCKET:
+                buckets.append([])
+                filled = 0
+            buckets[-1].append(item)
+            filled += size
+        return buckets
+
+    def _exchange(self, items: list[list[_Item]]) -> dict[_Item, Tensor]:
+        """Whole tensors in main memory, by one message from each process to each.
+
+        Args:
+            items: by who gets them.
+
+        Returns:
+            This process's own.
+        """
+        split, me = self.split, self.split.member
+        sent_sizes = [sum(self._room(item, me, m) for item in to) for m, to in enumerate(items)]
+        sent_sizes[me] = 0
+        sent = torch.empty(sum(sent_sizes), dtype=torch.uint8, device=split.ranks.device)
+        at = 0
+        for member, to in enumerate(items):
+            for item in to if member != me else ():
+                if room := self._room(item, me, member):
+                    piece, dtype = self._piece(item)
+                    _typed(sent, at, dtype, piece.shape).copy_(piece)
+                    at += room
+        sizes = [sum(self._room(item, m, me) for item in items[me]) for m in range(split.size)]
+        sizes[me] = 0
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=split.ranks.device)
+        if split.size > 1:
+            dist.all_to_all_single(received, sent, sizes, sent_sizes, group=split.group)
+        received = received.cpu()
+        whole = {item: torch.empty(self._shape(item), dtype=self._piece(item)[1]) for item in items[me]}
+        at = 0
+        for member in range(split.size):
+            for item, t in whole.items():
+                if room := self._room(item, member, me):
+                    part = t[split.pieces[item.own][member]] if t.dim() else t
+                    if member == me:
+                        part.copy_(self._piece(item)[0])
+                    else:
+                        part.copy_(_typed(received, at, t.dtype, part.shape))
+                        at += room
+        return whole
+
+    def _piece(self, item: _Item) -> tuple[Tensor, torch.dtype]:
+        """This process's piece, and the dtype that is saved."""
+        if item.file is None:
+            return self.weights[item.own], self.split.dtype
+        piece = self.states[item.file][item.name]
+        return piece, piece.dtype
+
+    def _shape(self, item: _Item) -> tuple[int, ...]:
+        return self.split.shapes[item.own] if self._piece(item)[0].dim() else ()
+
+    def _room(self, item: _Item, member: int, to: int) -> int:
+        """Bytes of a process's piece of a tensor, filled up to a multiple of 8: none if another, or the one that gets it,
+        has the same piece."""
+        piece, dtype = self._piece(item)
+        pieces: list[Index] = self.split.pieces[item.own] if piece.dim() else [()] * self.split.size
+        if member != (to if pieces[member] == pieces[to] else pieces.index(pieces[member])):
+            return 0
+        n = math.prod(s.stop - s.start for s in pieces[member]) * dtype.itemsize
+        return -(-n // 8) * 8
 
     def index_files(self) -> dict[str, bytes]:
         """For every model in several files: its index."""
@@ -196,6 +291,11 @@ class Wholes:
             raise ValueError(f"{file}: {next(iter(missing))}: nothing is saved")
 
 
+def _typed(buffer: Tensor, at: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """A tensor in a buffer of bytes, from one of them on."""
+    return buffer[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
 def _is_adapters(file: str) -> bool:
     """Whether a file is one that PEFT must find in one piece."""
     return file.rpartition("/")[2] == ADAPTERS
@@ -219,6 +319,8 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 
 def _saved(skeleton: nn.Module, whole: Pieces) -> dict[str, Tensors]:
     """What a checkpoint's files hold of the parameters of a layer, under the family's names and in its layout."""
+    if not adapters_of(skeleton):
+        return saved_part(skeleton, whole)
     module = copy.deepcopy(skeleton)
     fill(module, whole)
     files = {

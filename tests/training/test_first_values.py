@@ -31,6 +31,7 @@ from llmkit.model.hf import config_to_hf
 from llmkit.model.lora import Base, adapters_of, apply_lora
 from llmkit.model.weights import load_weights
 from llmkit.storage import newest_good, to_json
+from llmkit.training import wholes
 from llmkit.training.checkpoint import index_of, safetensors_chunks, shard
 from llmkit.training.config import ParallelConfig
 from llmkit.training.dist import Ranks, connect
@@ -164,6 +165,29 @@ def compare(ranks: Ranks, cases: dict[str, Callable[[Path], nn.Module]], folder:
     return odd
 
 
+def gathered(ranks: Ranks, cases: dict[str, Callable[[Path], nn.Module]], folder: Path) -> list[str]:
+    """What of a checkpoint this process gathers, each tensor marked if it is not, to the bit, what one process saves."""
+    said = ParallelConfig(shard="full", tensor=ranks.tensor)
+    found = []
+    for case, build in cases.items():
+        config = recipe("bf16", ema_decay=0.9)
+        alone = Engine(build(folder), config).tensors()
+        with torch.device("meta"):
+            module = build(folder)
+        engine = Engine(module, config.model_copy(update={"parallel": said}), ranks)
+        mine = engine.tensors()
+        for (file, name), part in engine.wholes.names.items():
+            if name in mine.get(part, ()):
+                good = (
+                    torch.equal(mine[part][name], alone[file][name])
+                    and mine[part][name].dtype == alone[file][name].dtype
+                )
+                found.append(f"{'' if good else 'odd '}{case} {file} {name}")
+        if ranks.is_main:
+            found += [f"alone {case} {file} {name}" for file, tensors in alone.items() for name in tensors]
+    return found
+
+
 # --- main memory -----------------------------------------------------------------------------------------------------
 
 BIG = {"n_layers": 16, "n_heads": 8, "d_model": 448, "d_ff": 1280, "vocab_size": 2048, "max_seq_len": 128}
@@ -214,6 +238,7 @@ def measure(ranks: Ranks, folder: Path) -> dict[str, int]:
 
 def _child(process: int, ports: list[int], folder: Path) -> None:
     torch.set_num_threads(1)
+    wholes._BUCKET = 10_000
     for port, tensor in zip(ports, (2, 1), strict=True):
         place = {"RANK": process, "WORLD_SIZE": 4, "LOCAL_RANK": process, "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({k: str(v) for k, v in {**place, "MASTER_PORT": port}.items()})
@@ -222,6 +247,7 @@ def _child(process: int, ports: list[int], folder: Path) -> None:
         if tensor == 1 and platform.libc_ver()[0] == "glibc":
             told["memory"] = measure(ranks, folder)
         told["odd"] = compare(ranks, CASES if tensor == 2 else EXPERTS, folder)
+        told["gathered"] = gathered(ranks, CASES if tensor == 2 else EXPERTS, folder)
         (folder / f"{tensor}-{process}.json").write_text(json.dumps(told))
         ranks.close()
 
@@ -243,6 +269,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, A
 def test_the_same_pieces(told: dict[int, list[dict[str, Any]]]) -> None:
     """To the bit those of a network that was whole, in every process: drawn or read, of every layout and head."""
     assert [found["odd"] for n in (1, 2) for found in told[n]] == [[]] * 8
+
+
+def test_one_checkpoint_is_gathered(told: dict[int, list[dict[str, Any]]]) -> None:
+    """Each tensor by one process, with the bits that one process alone would save, in messages of many small buckets."""
+    for n in (1, 2):
+        found = [line for process in told[n] for line in process["gathered"]]
+        alone = [line.removeprefix("alone ") for line in found if line.startswith("alone ")]
+        assert len(alone) > 50
+        assert sorted(alone) == sorted(line for line in found if not line.startswith("alone "))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is measured as Linux and glibc tell it")
