@@ -73,7 +73,8 @@ def show(seeds: Sequence[int], root: Path, names: Sequence[str]) -> bool:
     for name, scores in found.items():
         mean = statistics.mean(scores)
         low, high = 100 * min(scores), 100 * max(scores)
-        print(f"{name:22s} {100 * mean:5.1f} ({low:.1f}-{high:.1f})   {100 * mean / teacher:6.1f}")
+        kept = f"{100 * mean / teacher:6.1f}" if teacher else "     -"  # of a teacher that knows nothing
+        print(f"{name:22s} {100 * mean:5.1f} ({low:.1f}-{high:.1f})   {kept}")
     if "soft" not in found or not rates:
         return True
     taught, alone = found["soft"], found["alone, its best rate"]

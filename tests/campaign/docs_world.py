@@ -120,6 +120,7 @@ def make_data(at: Path) -> None:
     shutil.copytree(ROOT / "data", at / "data", ignore=shutil.ignore_patterns("__pycache__"))
     for file in (at / "data/demo").glob("*.jsonl"):
         rows = file.read_text("utf-8").splitlines()
+        rows.sort(key=lambda row: str(json.loads(row).get("kind")))  # so that every kind stays
         every = max(1, len(rows) // ROWS.get(file.stem, 200))
         if file.stem != "analogies":
             file.write_text("\n".join(rows[::every]) + "\n", "utf-8")
@@ -127,7 +128,7 @@ def make_data(at: Path) -> None:
         rows = (at / "data/demo/corpus.jsonl").read_text("utf-8").splitlines()[:60]
         plain = name.endswith(".txt")
         (at / name).write_text("\n".join(json.loads(r)["text"] if plain else r for r in rows), "utf-8")
-    sums = [(f"{i} + {i} = ?", str(2 * i)) for i in range(40)]
+    sums = [(f"{i} + {i} = ?", str(2 * i)) for i in range(200)]
     alpaca = [{"instruction": asked, "input": "", "output": told} for asked, told in sums]
     (at / "alpaca_data.json").write_text(json.dumps(alpaca), "utf-8")
     for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl"):
