@@ -23,8 +23,9 @@ from llmkit.export.gguf_tokens import GGUFTokens, tokens_of
 from llmkit.export.source import load_plain
 from llmkit.inference.command import is_chat_model
 from llmkit.model.config import GPTConfig, LinearScaling, Llama3Scaling, YarnScaling
-from llmkit.model.gpt import GPT, rope_frequencies
+from llmkit.model.gpt import GPT
 from llmkit.model.hf import read_config
+from llmkit.model.rope import rope_frequencies
 from llmkit.storage import disk, machine_errors, sync_folder
 from llmkit.tokenizer import Tokenizer
 

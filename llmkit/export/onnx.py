@@ -25,8 +25,9 @@ from llmkit.config import UserError
 from llmkit.export.source import load_plain
 from llmkit.model.config import GPTConfig
 from llmkit.model.files import model_files
-from llmkit.model.gpt import GPT, rope_tables
+from llmkit.model.gpt import GPT
 from llmkit.model.hf import read_config, read_json
+from llmkit.model.rope import rope_tables
 from llmkit.products import Linear
 from llmkit.storage import Draft, FileRecord, disk, machine_errors, sha256_of
 from llmkit.tokenizer import Tokenizer

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.model.gpt import GPT, MLP, Block, KVCache, RMSNorm, attend, layer_masks, rope_tables
+from llmkit.model.gpt import GPT, MLP, Block, KVCache, RMSNorm, attend, layer_masks
+from llmkit.model.rope import rope_tables
 from llmkit.products import Linear, PackedMatrix, can_pack
 
 WORTH_TOKENS = 64
@@ -152,7 +153,7 @@ class _Layer:
             qk_MHE = torch.cat((self._q_norm(qk_MHE[:, :H]), self._k_norm(qk_MHE[:, H:])), 1)
         if step.angles is not None:
             cos_M1E, sin_M1E = step.angles
-            # (-right, left) of `gpt.rotate` is (right, left) with the first half of the sines negative.
+            # (-right, left) of `rope.rotate` is (right, left) with the first half of the sines negative.
             turned = torch.addcmul(qk_MHE * cos_M1E, qk_MHE.roll(E // 2, -1), sin_M1E)
             qk_MHE = turned if turned.dtype == qkv.dtype else turned.to(qkv.dtype)
         q_BTHE = qk_MHE[:, :H].view(B, T, H, E)

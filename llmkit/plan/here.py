@@ -17,7 +17,8 @@ import torch
 from llmkit.config import UserError
 from llmkit.losses import linear_cross_entropy
 from llmkit.model.config import count_params
-from llmkit.model.gpt import Block, KVCache, causal_mask, rope_tables
+from llmkit.model.gpt import Block, KVCache, causal_mask
+from llmkit.model.rope import rope_tables
 from llmkit.plan.cost import activation_bytes, block_bytes, flops_per_token
 from llmkit.plan.job import Job, Net, Pass
 from llmkit.plan.report import duration

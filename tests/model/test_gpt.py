@@ -13,7 +13,8 @@ from llmkit.config import UserError
 from llmkit.inference.config import SamplingConfig
 from llmkit.inference.generate import generate
 from llmkit.model.config import GPTConfig, Llama3Scaling
-from llmkit.model.gpt import GPT, KVCache, attend, document_mask, init_weights, rope_tables, rotate
+from llmkit.model.gpt import GPT, KVCache, attend, document_mask, init_weights
+from llmkit.model.rope import rope_tables, rotate
 from llmkit.tokenizer import Tokenizer, TokenizerConfig
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from llmkit.config import UserError
 from llmkit.model.config import GPTConfig, LinearScaling, Llama3Scaling, YarnScaling, count_params
-from llmkit.model.gpt import GPT, init_weights, rope_tables
+from llmkit.model.gpt import GPT, init_weights
 from llmkit.model.heads import SequenceClassifier, init_head
 from llmkit.model.hf import config_from_hf, config_to_hf, read_config, read_labels
+from llmkit.model.rope import rope_tables
 from llmkit.model.weights import load_model, load_weights
 
 transformers = pytest.importorskip("transformers")
