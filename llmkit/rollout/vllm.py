@@ -138,7 +138,8 @@ class Vllm:
             self.folder = self._roomy(sum(t.numel() * t.element_size() for t in tensors.values()))
         with machine_errors(self.folder):
             if not (self.folder / "config.json").is_file():
-                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                # Never into a folder that is there: in /dev/shm anyone may have made one of this name.
+                self.folder.mkdir(parents=True, mode=0o700)
                 shape = model.config.model_copy(update={"vocab_size": self.tokenizer.vocab_size})
                 facts = {"stage": "rollout", "step": 0}
                 for name, content in model_files(shape, model.head_weight.dtype, self.tokenizer, facts).items():

@@ -73,9 +73,8 @@ class PolicyTask(Task):
         self.answers: AnswerEval | None = None
         self.environment: Environment | None = None
         self.vllm: Vllm | None = None
-        self._largest: dict[
-            str, float
-        ] = {}  # numbers of an action, over this rank's micro-batches in the present update
+        self._largest: dict[str, float] = {}
+        """Numbers of an action, over this rank's micro-batches in the present update."""
 
     # --- what a stage adds -----------------------------------------------------------------------------------------
 
