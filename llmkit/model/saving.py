@@ -88,6 +88,11 @@ def saved_files(files: dict[str, bytes], module: nn.Module) -> dict[str, bytes]:
 @torch.no_grad()
 def load_saved(module: nn.Module, files: dict[str, Tensors]) -> None:
     """Puts back what `saved_tensors` gave; names and shapes are those of this module."""
+    if not isinstance(module, ActorCritic | Distilled | GPT | SequenceClassifier):  # its state dict may be anything
+        whole, given = module.state_dict(), files[MODEL]
+        kept = {_place(t): name for name, t in _without_aliases(whole).items()}
+        module.load_state_dict({n: given[n if n in given else kept[_place(t)]] for n, t in whole.items()})
+        return
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for file in saved_tensors(module):
         for name, value in saved_values(module, file, files[file]):
