@@ -25,6 +25,7 @@ from llmkit.plan.mesh import (
     memory_of,
     meshes,
     objection,
+    offloaded_bytes,
     peak_of,
     share_of,
     state_of,
@@ -127,6 +128,23 @@ def test_only_whole_networks_fill_main_memory() -> None:
         assert host_bytes(planned, mesh) == 2 * 4 * 128256 * 8192
 
 
+def test_shares_in_main_memory() -> None:
+    """A GPU holds what is put together and activations, a node the rest; copies and the optimizer take longer."""
+    planned, where = job(llama("70b"), 64), cluster("h100", 1)
+    on, off = Mesh(8, "full"), Mesh(8, "full", offload=True)
+    state = sum(state_of(planned.nets[0], on).values())
+    assert peak_of(memory_of(planned, on))[1] - peak_of(memory_of(planned, off))[1] == pytest.approx(state)
+    assert offloaded_bytes(planned, off) == pytest.approx(state) and offloaded_bytes(planned, on) == 0.0
+    a, b = (Clock(planned, mesh, where).step() for mesh in (on, off))
+    n_micro = 64 / 8 / planned.micro_rows(8)
+    assert b.messages["copies from and to main memory"] == pytest.approx(
+        n_micro * 12 * planned.nets[0].cost.n_params / 8
+    )
+    assert b.seconds["messages"] > a.seconds["messages"] and b.seconds["optimizer"] > 10 * a.seconds["optimizer"]
+    assert str(off) == "parallel.shard=full parallel.offload=true"
+    assert any("for shares throughout" in line for line in describe(planned, off, cluster("b200", 1)))
+
+
 def test_ranks_that_share_rows() -> None:
     """As much work, an N-th of a row's activations on each, and keys and values as messages."""
     planned = job(llama("8b"), 64)
@@ -222,6 +240,7 @@ def test_messages_between_nodes_are_slower() -> None:
         (Mesh(48), {}, "64 rows of a step can't be shared out evenly over 48 ranks"),
         (Mesh(64, tensor=16), {}, "does not divide the model's sizes (32 heads, 8 for keys and values, MLP 14336)"),
         (Mesh(8, tensor=3), {}, "parallel.tensor (3) does not divide the 8 GPUs"),
+        (Mesh(1, "full", offload=True), {}, "parallel.offload=true on one GPU"),
         (Mesh(8, "hybrid", replicas=3), {}, "parallel.replicas (3) does not divide the 8 ranks"),
         (Mesh(8, context=3), {}, "parallel.context (3) does not divide the 8 ranks"),
         (Mesh(8, context=2), {"compiled": True}, "parallel.context (2) can't be compiled"),

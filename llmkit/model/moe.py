@@ -191,7 +191,8 @@ class MoE(nn.Module):
         routing = None
         if self.training:
             E = self.config.n
-            load_E = p_NE.new_full((E,), 1 / E) if self.load_E is None else self.load_E
+            # The router may have been in main memory when the load was set: `parallel.offload`.
+            load_E = p_NE.new_full((E,), 1 / E) if self.load_E is None else self.load_E.to(p_NE.device)
             # No view of a product: FSDP2 warns of views that a block returns.
             routing = LayerRouting(p_NE.view(B, T, E) @ (E * load_E), chosen_NK.view(B, T, K))
         return out_ND.view_as(x_BTD), routing

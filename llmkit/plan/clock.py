@@ -20,6 +20,8 @@ _HOP_S = 5e-6  # a message's way from one node to the next, or around a node
 _LAUNCH_S = 4e-6  # from one kernel's start to the next's, where the GPU is faster than Python
 _KERNELS = {True: 30, False: 95}  # of a block, forward and backward: compiled, eager
 _HOST_GB_PER_S = 25.0  # from a GPU to its node's memory
+_PAGED_GB_PER_S = 10.0  # the same where that memory isn't pinned
+_MAIN_GB_PER_S = 200.0  # of a node's processors to their own memory
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class Clock:
         work = self._forward(p, rows) * (3 + self.job.recompute) + 3 * self._head(p, rows)
         kernels = p.net.model.n_layers * _KERNELS[self.job.compiled] * (1 + 0.3 * self.job.recompute)
         compute = max(work, kernels * _LAUNCH_S)
-        return n_micro * compute, n_micro * self._messages(p.net, rows, compute, n_micro)
+        copies = self._copies(p.net, n_micro)
+        return n_micro * compute, n_micro * (self._messages(p.net, rows, compute, n_micro) + copies)
 
     def _ask(self, p: Pass) -> tuple[float, float]:
         rows, n_micro = self._micro(p)
@@ -144,7 +147,8 @@ class Clock:
     def _update(self, net: Net) -> float:
         """The optimizer reads and writes its rank's share; Muon's products are shared out too."""
         parts = self.mesh.members
-        seconds = share_of(net, self.mesh) * net.cost.n_trained_params * 34 / self.memory
+        rate = 1e9 * _MAIN_GB_PER_S / self.cluster.per_node if self.mesh.offload else self.memory
+        seconds = share_of(net, self.mesh) * net.cost.n_trained_params * 34 / rate
         if self.job.optimizer == "muon":
             D, whole = net.model.d_model, count_params(net.model).hidden
             seconds += 5 * 6 * whole * D / self.product / parts
@@ -182,6 +186,19 @@ class Clock:
     def _send(self, why: str, n_bytes: float) -> None:
         if n_bytes:
             self.sent[why] = self.sent.get(why, 0.0) + n_bytes
+
+    def _copies(self, net: Net, n_micro: float) -> float:
+        """Seconds in which a micro-batch's shares go from main memory to the GPU, twice, and fp32 gradients back: a process
+        waits for copies of memory that isn't pinned."""
+        if not self.mesh.offload:
+            return 0.0
+        trained = net.cost.n_trained_params
+        shares = 4 * trained + BYTES[net.precision] * (
+            net.cost.n_params - trained
+        )  # of what is frozen as it is rounded
+        n_bytes = share_of(net, self.mesh) * (2 * shares + 4 * trained)
+        self._send("copies from and to main memory", n_bytes * n_micro)
+        return n_bytes / (1e9 * _PAGED_GB_PER_S)
 
     def _messages(self, net: Net, rows: float, compute: float, n_micro: float) -> float:
         """Seconds of one micro-batch's messages that its products don't hide."""

@@ -49,6 +49,8 @@ class Mesh:
     """hybrid: groups of ranks that each hold everything."""
     context: int = 1
     experts: int = 1
+    offload: bool = False
+    """Shares lie in main memory."""
 
     @property
     def data(self) -> int:
@@ -77,6 +79,7 @@ class Mesh:
         said += [f"parallel.tensor={self.tensor}"] if self.tensor > 1 else []
         said += [f"parallel.context={self.context}"] if self.context > 1 else []
         said += [f"parallel.experts={self.experts}"] if self.experts > 1 else []
+        said += ["parallel.offload=true"] if self.offload else []
         return " ".join(said)
 
 
@@ -116,7 +119,7 @@ def state_of(net: Net, mesh: Mesh) -> dict[str, float]:
 
 def gathered_bytes(net: Net, mesh: Mesh) -> float:
     """Whole weights that a rank holds for a moment: two blocks, and embeddings and head throughout a step."""
-    if mesh.shards == 1:
+    if mesh.shards == 1 and not mesh.offload:
         return 0.0
     width = BYTES[net.precision]
     rest, experts = params_of(net, mesh)
@@ -129,7 +132,7 @@ def memory_of(job: Job, mesh: Mesh) -> Memory:
     """What one rank holds in each phase, part by part, in bytes."""
     held: dict[str, float] = {"runtime": _RUNTIME}
     for net in job.nets:
-        held |= state_of(net, mesh)
+        held |= {} if net.trained and mesh.offload else state_of(net, mesh)
     tokens = job.micro_rows(mesh.data) * -(-job.row_len // mesh.context)
     activations = sum(  # an actor's and its critic's are there together: they have one loss
         activation_bytes(
@@ -158,6 +161,11 @@ def host_bytes(job: Job, mesh: Mesh) -> float:
     return 2 * 4.0 * widest  # as it is read, and in another precision or with more rows
 
 
+def offloaded_bytes(job: Job, mesh: Mesh) -> float:
+    """Main memory that a rank's shares take throughout, in bytes."""
+    return sum(sum(state_of(net, mesh).values()) for net in job.trained) if mesh.offload else 0.0
+
+
 def peak_of(memory: Memory) -> tuple[str, float]:
     """The phase that needs most, and its bytes."""
     return max(((phase, sum(parts.values())) for phase, parts in memory.items()), key=lambda found: found[1])
@@ -177,6 +185,8 @@ def objection(job: Job, mesh: Mesh) -> str | None:
     """Why a mesh is impossible, whatever the memory; None if it isn't."""
     if mesh.world % mesh.tensor:
         return f"parallel.tensor ({mesh.tensor}) does not divide the {mesh.world} GPUs"
+    if mesh.offload and mesh.world == 1:
+        return "parallel.offload=true on one GPU: shares are of several: take more, or set parallel.offload=false"
     if mesh.context > 1 and (why := _uncut(job, mesh)):
         return why
     if mesh.experts > 1 and (why := _unshared(job, mesh)):

@@ -19,6 +19,7 @@ from llmkit.plan.mesh import (
     memory_of,
     meshes,
     objection,
+    offloaded_bytes,
     peak_of,
 )
 
@@ -120,9 +121,11 @@ def _memory_lines(job: Job, mesh: Mesh, memory: Memory, cluster: Cluster) -> Ite
     for phase, parts in memory.items():
         told = ", ".join(f"{name} {n / 1e9:.1f}" for name, n in parts.items() if n >= 5e7)
         yield f"memory       {sum(parts.values()) / 1e9:6.1f} GB a GPU in the phase '{phase}': {told}"
+    shares = cluster.per_node * offloaded_bytes(job, mesh) / 1e9
     yield (
         f"host         {cluster.per_node * host_bytes(job, mesh) / 1e9:,.0f} GB of main memory a node at the start, "
         f"{job.checkpoint_bytes / cluster.nodes / 1e9:,.1f} later to save from"
+        + (f", {shares:,.0f} for shares throughout" if mesh.offload else "")
     )
     yield (
         f"checkpoint   {job.checkpoint_bytes / 1e9:,.1f} GB each, {job.kept_checkpoints} kept: "

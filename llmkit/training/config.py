@@ -204,11 +204,18 @@ class ParallelConfig(Config):
     experts: int = Field(1, ge=1)
     """Ranks that hold each layer's experts together, an equal number each, and send each other the tokens that visit them:
     neighbours. Each rank reads rows of its own."""
+    offload: bool = False
+    """With shares: they lie in main memory - weights, masters, gradients, averages, optimizer state -, where the optimizer's
+    step is made; a block's weights go to the device when they are put together."""
 
     @model_validator(mode="after")
     def _sharded(self) -> ParallelConfig:
         if self.replicas is not None and self.shard != "hybrid":
             raise ValueError(f"replicas ({self.replicas}) belongs to shard: hybrid (shard is {self.shard})")
+        if self.offload and self.shard == "none":
+            raise ValueError(
+                "offload: true with shard: none: what goes to main memory are shares: set shard: full or hybrid"
+            )
         if self.experts > 1 and self.tensor > 1:
             raise ValueError(
                 f"experts ({self.experts}) with tensor ({self.tensor}): experts are not split by width: drop tensor; experts "

@@ -113,15 +113,18 @@ class Engine:
         self.module = module
         self.split: Split | None = None
         """Which part of every tensor here is this process's, where it has not all of the model."""
+        if config.parallel.offload and self.ranks.processes == 1:
+            raise UserError(
+                "parallel.offload: true on one process: shares are of several: start more, or set parallel.offload: false"
+            )
         if is_spread(config.parallel, self.ranks):
             self.split = Split(module, config, self.ranks, self.dtype, wide)
         self.masters = self._masters(wide)
         trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.parameters = {n: self._own(p) for n, p in trained.items()}
         """What is computed with, in the same memory: the masters themselves, or rounded copies."""
-        self.flat_grad = torch.zeros(
-            sum(t.numel() for t in self.masters.values()), dtype=wide, device=self.ranks.device
-        )
+        home = self.ranks.device if self.split is None else self.split.home
+        self.flat_grad = torch.zeros(sum(t.numel() for t in self.masters.values()), dtype=wide, device=home)
         pieces = self.flat_grad.split([t.numel() for t in self.masters.values()])
         self.grads = {n: g.view(t.shape) for (n, t), g in zip(self.masters.items(), pieces, strict=True)}
         self._first = dict.fromkeys(trained, True)
@@ -150,6 +153,8 @@ class Engine:
         Shares of FSDP2 are wide, and are rounded when they are put together: they are masters themselves.
         """
         device, sharded = self.ranks.device, frozenset() if self.split is None else self.split.sharded
+        if self.split is not None and self.split.offload:  # all is in shares, and stays where these are
+            return {n: self._own(p) for n, p in self.module.named_parameters() if p.requires_grad}
         if self.dtype == wide:
             self.module.to(device=device, dtype=wide)
             return {n: self._own(p) for n, p in self.module.named_parameters() if p.requires_grad}

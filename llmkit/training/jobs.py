@@ -97,7 +97,7 @@ def job_of(
 def wanted_mesh(recipe: RunConfig, world: int, n_nodes: int = 1) -> Mesh:
     """What the recipe's `parallel` means on so many ranks."""
     said = recipe.parallel
-    mesh = Mesh(world, said.shard, said.tensor, context=said.context, experts=said.experts)
+    mesh = Mesh(world, said.shard, said.tensor, context=said.context, experts=said.experts, offload=said.offload)
     return replace(mesh, replicas=said.replicas or n_nodes) if said.shard == "hybrid" else mesh
 
 

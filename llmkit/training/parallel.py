@@ -78,6 +78,13 @@ def _refuse(module: nn.Module, config: RunConfig, ranks: Ranks) -> None:
             f"lora.quantize with {spread}: a base in 4 bits is not cut up: drop lora.quantize (bf16 in shares over 4 ranks "
             "takes as little memory), or leave `parallel` out"
         )
+    models = _models(module)
+    inside = {p for model in models for p in model.parameters()}
+    if said.offload and any(p not in inside for p in module.parameters()):
+        raise UserError(
+            f"parallel.offload: true with {spread}: what is trained beside a network (a distillation's projections) is not in "
+            "shares: set offload: false, or leave out the losses that need it"
+        )
     if config.log.gradient_noise:
         raise UserError(
             f"log.gradient_noise with {spread}: a rank's own gradient is never in one place: set it to false, or leave "
@@ -85,7 +92,7 @@ def _refuse(module: nn.Module, config: RunConfig, ranks: Ranks) -> None:
         )
     if ranks.experts > 1:
         check_experts(module, ranks)
-    for model in _models(module):
+    for model in models:
         shape, n = model.config, ranks.tensor
         if n > 1 and shape.experts is not None:
             raise UserError(
@@ -180,11 +187,24 @@ def _mesh(config: ParallelConfig, ranks: Ranks) -> tuple[Any, int]:
     return whole["replicate", "shard"], shares
 
 
-def _shard(model: GPT | SequenceClassifier, mesh: Any, experts: Any, dtype: torch.dtype, wide: torch.dtype) -> None:
+def _shard(
+    model: GPT | SequenceClassifier, mesh: Any, experts: Any, dtype: torch.dtype, wide: torch.dtype, offload: bool
+) -> None:
     """Shares a network's weights: those of a block are put together just before it computes, those around the blocks for
     a whole step, since the loss takes the head's matrix itself. `experts`: the mesh of the experts that this rank holds,
-    where others hold the rest; None: they are as the other weights."""
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    where others hold the rest; None: they are as the other weights. `offload`: shares lie in main memory."""
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    # Not pinned: from pinned memory FSDP2 may copy gradients without waiting for them, but the engine reads each as soon as
+    # its hook is called; and it may give shares other memory, when the masters are already these.
+    where = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
 
     # Angles of rotary positions are inputs of a block, and must stay in fp32 (B59).
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -192,10 +212,10 @@ def _shard(model: GPT | SequenceClassifier, mesh: Any, experts: Any, dtype: torc
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
     for mixture in (m for m in model.modules() if isinstance(m, MoE) and experts is not None):
         absent = {p for p in mixture.experts.parameters() if not p.numel()}
-        fully_shard(mixture.experts, mesh=experts, mp_policy=policy, ignored_params=absent)
+        fully_shard(mixture.experts, mesh=experts, mp_policy=policy, offload_policy=where, ignored_params=absent)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=where)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=False)
     for name in ("at_tokens", "at_ends"):
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
@@ -238,6 +258,10 @@ class Split:
         """
         _refuse(module, config, ranks)
         self.ranks, self.dtype = ranks, dtype
+        self.offload = config.parallel.offload
+        self.home = torch.device("cpu") if self.offload else ranks.device
+        """Where pieces lie: of weights, masters, gradients, averages and optimizer state. Collectives and wholes are of
+        `ranks.device`."""
         first = _Pending(module)
         self.skeleton = skeleton_of(module, dtype)
         self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
@@ -248,7 +272,7 @@ class Split:
         """Experts' parameters: the place of the ranks that hold them."""
         for p in module.parameters():
             if not p.is_meta:
-                p.data = p.data.to(ranks.device)
+                p.data = p.data.to(self.home)
         self._models: list[Any] = []
         shares = 1
         if config.parallel.shard != "none":
@@ -259,7 +283,7 @@ class Split:
                 self.sharded |= {names[id(p)] for p in model.parameters()}
                 for p in model.parameters():  # what is frozen is no master, and stays as it was rounded
                     p.data = p.data.to(wide if p.requires_grad else dtype)
-                _shard(model, mesh, experts, dtype, wide)
+                _shard(model, mesh, experts, dtype, wide, self.offload)
                 self._models.append(model)
         if config.compile:  # block by block: weights are put together, and sums made, between what is compiled
             for block in (m for m in module.modules() if isinstance(m, Block)):
@@ -274,9 +298,10 @@ class Split:
             name: [self._piece(name, cut.get(name), shares if name in self.sharded else 1, m) for m in range(self.size)]
             for name in self.shapes
         }
-        first.keep_pieces(self, ranks.device)
+        first.keep_pieces(self, self.home)
         for name, p in module.named_parameters():
             held = local(p)
+            assert held.device.type == self.home.type, name
             assert held.shape == torch.empty(self.shapes[name], device="meta")[self.index(name)].shape, name
 
     def _piece(self, name: str, dim: int | None, shares: int, member: int) -> Index:
@@ -299,6 +324,14 @@ class Split:
         for model in self._models:
             model.reshard()
 
+    def there(self, tensor: Tensor) -> Tensor:
+        """On this process's device, which is all that collectives take: itself, unless pieces lie elsewhere."""
+        return tensor.to(self.ranks.device)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """Where pieces lie."""
+        return tensor.to(self.home)
+
     # --- sums ----------------------------------------------------------------------------------------------------------
 
     def sum_gradients(self, flat: Tensor, grads: dict[str, Tensor]) -> None:
@@ -317,20 +350,23 @@ class Split:
             if self.sharded and name not in self.sharded:
                 self.ranks.sum_(grad)
             if name in self.partial:
-                dist.all_reduce(grad, group=self.ranks.tensor_group)
+                whole = self.there(grad)
+                dist.all_reduce(whole, group=self.ranks.tensor_group)
+                if whole is not grad:
+                    grad.copy_(whole)
 
     def squares(self, tensors: dict[str, Tensor]) -> Tensor:
         """The squared L2 norm of each whole tensor, of which these are pieces; every number counts once."""
-        mine = torch.stack(torch._foreach_norm(list(tensors.values()))).square()
+        mine = self.there(torch.stack(torch._foreach_norm(list(tensors.values()))).square())
         first = [self.pieces[name].index(self.index(name)) == self.member for name in tensors]
         mine = torch.where(torch.tensor(first, device=mine.device), mine, 0.0)
         dist.all_reduce(mine, group=self.group)
-        return mine
+        return self.back(mine)
 
     # --- whole tensors -------------------------------------------------------------------------------------------------
 
     def whole(self, name: str, piece: Tensor, to: int | None = None) -> Tensor | None:
-        """A whole tensor from the pieces of it.
+        """A whole tensor from the pieces of it, on this process's device.
 
         Args:
             name: the parameter whose shape and pieces it has.
@@ -339,9 +375,9 @@ class Split:
         """
         shape, pieces = self.shapes[name], self.pieces[name]
         if len(set(map(str, pieces))) == 1:
-            return piece if to in (None, self.member) else None
+            return self.there(piece) if to in (None, self.member) else None
         sizes = [torch.empty(shape, device="meta")[index].shape for index in pieces]
-        buffer = piece.new_zeros(max(s.numel() for s in sizes))
+        buffer = torch.zeros(max(s.numel() for s in sizes), dtype=piece.dtype, device=self.ranks.device)
         buffer[: piece.numel()] = piece.reshape(-1)
         out = [torch.empty_like(buffer) for _ in pieces] if to in (None, self.member) else None
         if to is None:
@@ -350,7 +386,7 @@ class Split:
             dist.gather(buffer, out, group=self.group, group_dst=to)
         if out is None:
             return None
-        result = piece.new_empty(shape)
+        result = buffer.new_empty(shape)
         for index, size, part in zip(pieces, sizes, out, strict=True):
             result[index] = part[: size.numel()].view(size)
         return result
@@ -358,7 +394,15 @@ class Split:
     def on_wholes(
         self, names: Sequence[str], pieces: Sequence[Tensor], work: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """Pieces of what a function makes of whole matrices of one shape [K, A, B]; each is worked on by one process."""
+        """Pieces of what a function makes of whole matrices of one shape [K, A, B]; each is worked on by one process, on its
+        device. Where pieces lie in main memory, a process has one matrix there at a time."""
+        n = self.size if self.offload else len(names)
+        found = (self._on_wholes(names[a : a + n], pieces[a : a + n], work) for a in range(0, len(names), n))
+        return list(itertools.chain.from_iterable(found))
+
+    def _on_wholes(
+        self, names: Sequence[str], pieces: Sequence[Tensor], work: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
         mine: list[Tensor] = []
         for i, (name, piece) in enumerate(zip(names, pieces, strict=True)):
             found = self.whole(name, piece, to=i % self.size)
@@ -369,9 +413,12 @@ class Split:
         out = []
         for i, name in enumerate(names):
             shape, owner = self.shapes[name], i % self.size
-            result = done[i // self.size].contiguous() if owner == self.member else pieces[0].new_empty(shape)
+            if owner == self.member:
+                result = done[i // self.size].contiguous()
+            else:
+                result = torch.empty(shape, dtype=pieces[0].dtype, device=self.ranks.device)
             dist.broadcast(result, group=self.group, group_src=owner)
-            out.append(result[self.index(name)])
+            out.append(self.back(result[self.index(name)]))
         return out
 
     def replica(self, weights: dict[str, Tensor]) -> nn.Module:

@@ -28,6 +28,7 @@ SPREADS: dict[str, tuple[int, dict[str, Any]]] = {
     "context: 2": (2, {"context": 2}),
     "shares of context": (4, {"shard": "full", "context": 2}),
 }
+IN_MAIN_MEMORY: dict[str, tuple[int, dict[str, Any]]] = {"offload": (2, {"shard": "full", "offload": True})}
 OF_EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
     "experts: 2": (2, {"experts": 2}),
     "shares of experts": (4, {"shard": "full", "experts": 2}),
@@ -75,7 +76,7 @@ def compare(folder: Path, stage: str, spread: str, **more: Any) -> float:
 
     `more`: of the recipe, under the first key's name.
     """
-    n, parallel = (SPREADS | OF_EXPERTS)[spread]
+    n, parallel = (SPREADS | OF_EXPERTS | IN_MAIN_MEMORY)[spread]
     changes = {"precision": "fp64", "steps": STEPS, **more}
     named = "-".join([stage, *more])
     alone, apart = f"{named}-alone", f"{named}-{spread}".replace(": ", "-")
@@ -123,6 +124,15 @@ def test_a_policy_that_shares_its_experts(crowd: Path) -> None:
     found = newest_good(crowd / "ppo-shares of experts")[0]
     _, info = transformers.AutoModelForCausalLM.from_pretrained(found, output_loading_info=True)
     assert not any(info.values()), info
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("stage", ["pretrain", *STAGES])
+def test_shares_in_main_memory(world: Path, stage: str) -> None:
+    """A student without projections, which are in no share."""
+    worst = compare(world, stage, "offload", **({"losses": [{"kind": "soft"}]} if stage == "distill" else {}))
+    print(f"\n| {stage}, offload | {worst:.0e} |")
+    assert worst <= 1e-9
 
 
 @pytest.mark.campaign
