@@ -193,9 +193,8 @@ class Clock:
         if not self.mesh.offload:
             return 0.0
         trained = net.cost.n_trained_params
-        shares = 4 * trained + BYTES[net.precision] * (
-            net.cost.n_params - trained
-        )  # of what is frozen as it is rounded
+        frozen = net.cost.n_params - trained
+        shares = 4 * trained + BYTES[net.precision] * frozen  # what is frozen lies there as it was rounded
         n_bytes = share_of(net, self.mesh) * (2 * shares + 4 * trained)
         self._send("copies from and to main memory", n_bytes * n_micro)
         return n_bytes / (1e9 * _PAGED_GB_PER_S)
