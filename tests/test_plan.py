@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmkit.config import validate
 from llmkit.model.config import GPTConfig
-from llmkit.model.gpt import GPT, causal_mask, rope_tables, window_of
+from llmkit.model.gpt import GPT, causal_mask, window_of
+from llmkit.model.rope import rope_tables
 from llmkit.plan import BYTES, cost_of, count_params, flops_per_token, peak_flops
 from llmkit.plan.cost import block_bytes
 from llmkit.plan.here import Calibration

@@ -24,7 +24,8 @@ from llmkit.inference.config import SamplingConfig
 from llmkit.inference.generate import generate
 from llmkit.model.config import GPTConfig, LoraConfig
 from llmkit.model.files import model_files
-from llmkit.model.gpt import GPT, init_weights, rope_frequencies
+from llmkit.model.gpt import GPT, init_weights
+from llmkit.model.rope import rope_frequencies
 from llmkit.model.weights import load_model
 from llmkit.tokenizer import Tokenizer, TokenizerConfig
 from llmkit.tokenizer.pieces import BYTE_OF_CHAR
