@@ -502,7 +502,7 @@ def _child(rank: int, recipe: str, port: int, folder: str) -> None:
     Path(folder, f"calls-{rank}.json").write_text(json.dumps(vllm.calls))
 
 
-@pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.campaign), "full"])
 def test_each_rank_has_an_engine(
     shard: str, vllm: Any, toy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

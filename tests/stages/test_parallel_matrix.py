@@ -118,6 +118,7 @@ def test_a_policy_in_shares(world: Path) -> None:
     assert compare(world, "ppo", "shard: full") <= 1e-9
 
 
+@pytest.mark.campaign
 def test_a_policy_that_shares_its_experts(crowd: Path) -> None:
     """And a critic that does; answers are written by a gathered copy, with all experts."""
     assert compare(crowd, "ppo", "shares of experts") <= 1e-9
