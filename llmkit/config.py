@@ -167,11 +167,13 @@ def _lines(node: yaml.Node, file: str, path: KeyPath = ()) -> Iterator[tuple[Key
 def parse_yaml(text: str, name: str = "<text>") -> tuple[Any, Where]:
     """Parses one YAML document; returns the data and where each key stands. Raises UserError with `name:line`."""
     try:
-        node = yaml.compose(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         if node is None:
             return {}, {(): f"{name}:1"}
         _check(node, name)
-        return yaml.load(text, _Loader), dict(_lines(node, name))
+        lines = dict(_lines(node, name))  # before merged keys are put into their mappings
+        return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         at = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
