@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch.multiprocessing as mp
 from ports import free_port
 from posttraining import STAGES, tiny_world
 from reliability import read_jsonl, train
+from safetensors.torch import load_file, save_file
 from test_parallel_matrix import SPREADS, on_processes, recipe_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -42,8 +44,10 @@ def _holding(process: int, world: int, recipe: str, port: int) -> None:
 
     def tensors(engine: Engine) -> dict[str, dict[str, Tensor]]:
         assert engine.split is not None
-        held = {n: (engine.split.index(n), local(p).detach().clone()) for n, p in engine.module.named_parameters()}
-        torch.save((engine.split.shapes, held), f"{recipe}.{process}")
+        held = {n: local(p).detach().contiguous() for n, p in engine.module.named_parameters()}
+        save_file(held, f"{recipe}.{process}.safetensors")
+        where = {n: (engine.split.shapes[n], [(s.start, s.stop) for s in engine.split.index(n)]) for n in held}
+        Path(f"{recipe}.{process}.json").write_text(json.dumps(where))
         return gathered(engine)
 
     Engine.tensors = tensors  # type: ignore[method-assign]
@@ -56,9 +60,10 @@ def test_hugging_face_loads_what_four_held(world: Path, caplog: pytest.LogCaptur
     mp.spawn(_holding, (4, str(recipe), free_port()), nprocs=4)
     whole: dict[str, Tensor] = {}
     for process in range(4):
-        shapes, held = torch.load(f"{recipe}.{process}", weights_only=False)
-        for name, (index, piece) in held.items():
-            whole.setdefault(name, torch.full(shapes[name], torch.nan))[index] = piece
+        where = json.loads(Path(f"{recipe}.{process}.json").read_text())
+        for name, piece in load_file(f"{recipe}.{process}.safetensors").items():
+            shape, index = where[name]
+            whole.setdefault(name, torch.full(shape, torch.nan))[tuple(slice(*ends) for ends in index)] = piece
     folder = newest_good(world / "held")[0]
     assert folder is not None
     for part, kind, auto in (
